@@ -1,0 +1,1 @@
+"""Runs that ship with moejax; each file has `config() -> TrainConfig`."""

@@ -1,0 +1,1 @@
+"""Native ops under moejax and their specification."""

@@ -1,0 +1,1 @@
+"""Mixture-of-Experts layers for JAX."""

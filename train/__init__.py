@@ -1,0 +1,1 @@
+"""The trainer: config-driven runs over the moejax library."""

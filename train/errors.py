@@ -1,0 +1,37 @@
+"""The errors that end a run, each with its exit code."""
+
+
+class RunError(Exception):
+    """Base: `exit_code` is what the process ends with, the message is one line."""
+
+    exit_code = 1
+
+
+class ConfigError(RunError):
+    """Bad input, found before anything was written.
+
+    Args:
+      field: dotted config spelling, such as `model.moe.top_k`, or a command-line argument.
+      value: what the user gave.
+      rule: what is allowed, and how to mend it.
+    """
+
+    exit_code = 2
+
+    def __init__(self, field: str, value: object, rule: str):
+        self.field, self.value, self.rule = field, value, rule
+        super().__init__(f"{field} = {value}: {rule}")
+
+
+class TrainingFailed(RunError):
+    """Training failed after it began (NaN, disk full); the last good checkpoint is intact."""
+
+    exit_code = 3
+
+
+class Interrupted(RunError):
+    """A signal stopped the run after a checkpoint; the exit code is 128 + the signal's number."""
+
+    def __init__(self, signal_number: int, step: int):
+        self.exit_code = 128 + signal_number
+        super().__init__(f"stopped by signal {signal_number} after step {step}; the same command goes on from there")
