@@ -1,1 +1,17 @@
-"""Mixture-of-Experts layers for JAX."""
+"""Mixture-of-Experts layers for JAX: exact on every layout, no token dropped silently.
+
+`functional` works on arrays, `MoE` is the layer, `Transformer` a language model built on it.
+"""
+
+from moejax import functional as functional
+from moejax.attention import Attention as Attention
+from moejax.attention import KVCache as KVCache
+from moejax.experts import Experts as Experts
+from moejax.layers import FeedForward as FeedForward
+from moejax.layers import RMSNorm as RMSNorm
+from moejax.mesh import make_mesh as make_mesh
+from moejax.moe import MoE as MoE
+from moejax.moe import MoEStats as MoEStats
+from moejax.routing import Routing as Routing
+from moejax.routing import TopK as TopK
+from moejax.transformer import Transformer as Transformer

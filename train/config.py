@@ -85,8 +85,8 @@ class ModelConfig:
     """Base of the rotary embedding's wavelengths."""
     remat: Literal["none", "dots", "full"] = "none"
     """What backward computes again: nothing, all but matrix products, or all. Routing decisions are always kept."""
-    loss_chunk: int = 256
-    """Positions of a sequence whose logits stand in memory at once."""
+    loss_chunk: int = 4096
+    """Tokens per device whose logits stand in memory at once."""
     moe: MoEConfig = field(default_factory=MoEConfig)
 
 
@@ -100,6 +100,8 @@ class OptimizerConfig:
     """Peak learning rate."""
     adam_learning_rate: float | None = None
     """Peak learning rate of what Muon leaves to AdamW. Unset: `learning_rate`."""
+    muon_iterations: int = 5
+    """Newton-Schulz iterations of Muon."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """Decay after warm-up: cosine over all steps, or stable and then linear over the last `decay_fraction`."""
     warmup_steps: int = 100

@@ -1,0 +1,106 @@
+"""Causal grouped-query attention over packed documents, and its key-value cache.
+
+Shapes: B sequences, S positions, D model width, H query heads, G key/value heads, h width of a head, W window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moejax.layers import RMSNorm, init_matrix, rotary
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVCache:
+    """The last W keys and values of one layer (of all layers: a leading L on each field).
+
+    Fields:
+      k_BWGh, v_BWGh: rotated keys, and values; position p lies in slot p mod W.
+      position_W: the position in each slot, -1 where it is empty.
+    """
+
+    k_BWGh: jax.Array
+    v_BWGh: jax.Array
+    position_W: jax.Array
+
+    def append(self, k_BSGh: jax.Array, v_BSGh: jax.Array, position_S: jax.Array) -> KVCache:
+        """Store S <= W new positions over the oldest ones."""
+        slot_S = position_S % self.position_W.shape[0]
+        return KVCache(
+            self.k_BWGh.at[:, slot_S].set(k_BSGh.astype(self.k_BWGh.dtype)),
+            self.v_BWGh.at[:, slot_S].set(v_BSGh.astype(self.v_BWGh.dtype)),
+            self.position_W.at[slot_S].set(position_S),
+        )
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with rotary positions and normalised queries and keys (Dehghani et al. 2023)."""
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        rope_theta: float = 10_000.0,
+        out_scale: float = 1.0,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        num_kv_heads = num_kv_heads or num_heads
+        if d_model % num_heads or (d_model // num_heads) % 2:
+            raise ValueError(f"d_model = {d_model}: must give each of num_heads ({num_heads}) an even width")
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads = {num_kv_heads}: must divide num_heads ({num_heads})")
+        self.d_head = d_model // num_heads
+        self.rope_theta = rope_theta
+        self.dtype = dtype
+
+        def projection(heads: int) -> nnx.Param:
+            return init_matrix(rngs, (d_model, heads * self.d_head), fan_in=d_model, axes=("embed", "heads"))
+
+        self.w_q, self.w_k, self.w_v = projection(num_heads), projection(num_kv_heads), projection(num_kv_heads)
+        self.w_out = init_matrix(
+            rngs, (num_heads * self.d_head, d_model), fan_in=d_model, axes=("heads", "embed"), scale=out_scale
+        )
+        self.q_norm = RMSNorm(self.d_head, axis="hidden")
+        self.k_norm = RMSNorm(self.d_head, axis="hidden")
+
+    def __call__(
+        self, x_BSD: jax.Array, segments_BS: jax.Array, positions_BS: jax.Array, cache: KVCache | None = None
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Attend within each document, to the past and oneself only.
+
+        Args:
+          segments_BS: document of each position; positions of different documents do not see each other.
+          positions_BS: position within the document. With a cache: the same in every sequence.
+          cache: earlier keys and values; then the new ones are stored, and attention goes to the last W.
+        """
+        weights = jnp.concatenate([self.w_q[...], self.w_k[...], self.w_v[...]], axis=1).astype(self.dtype)
+        qkv = (x_BSD.astype(self.dtype) @ weights).reshape(*x_BSD.shape[:2], -1, self.d_head)
+        num_kv = self.w_k.shape[1] // self.d_head
+        q, k, v = jnp.split(qkv, [qkv.shape[2] - 2 * num_kv, qkv.shape[2] - num_kv], axis=2)
+        q = rotary(self.q_norm(q), positions_BS, self.rope_theta)
+        k = rotary(self.k_norm(k), positions_BS, self.rope_theta)
+        if cache is None:
+            mask = segments_BS[:, None, :, None] == segments_BS[:, None, None, :]
+            y = _attend(q, k, v, mask, is_causal=True)
+        else:
+            position_S = positions_BS[0]
+            cache = cache.append(k, v, position_S)
+            seen, now = cache.position_W[None, :], position_S[:, None]
+            mask = (seen >= 0) & (seen <= now)
+            y = _attend(q, cache.k_BWGh.astype(q.dtype), cache.v_BWGh.astype(q.dtype), mask[None, None], is_causal=False)
+        return y.reshape(*x_BSD.shape[:2], -1) @ self.w_out[...].astype(self.dtype), cache
+
+
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, is_causal: bool) -> jax.Array:
+    # cuDNN's flash attention takes 16-bit types and never holds the S x S scores.
+    flash = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
+    implementation = "cudnn" if flash else "xla"
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=is_causal, implementation=implementation)

@@ -1,0 +1,114 @@
+"""Experts: grouped FFNs over the rows of a plan.
+
+Shapes: T tokens, D model width, F hidden width of an expert, H columns before the activation (2F for SwiGLU),
+E experts on this device, K experts per token, N rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from custom_ops import (
+    DispatchPlan,
+    grouped_matmul,
+    grouped_matmul_dlhs,
+    grouped_matmul_drhs,
+    permute,
+    unpermute,
+)
+from moejax.layers import ACTIVATIONS, init_matrix
+
+
+class Experts(nnx.Module):
+    """E feed-forward networks of one shape, as two stacked matrices.
+
+    Each expert is initialised as the dense FFN it is: the fan-in is that of one expert, not of the stack.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        d_model: int,
+        d_hidden: int,
+        *,
+        activation: str = "swiglu",
+        out_scale: float = 1.0,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.activation = activation
+        self.dtype = dtype
+        parts = ACTIVATIONS[activation][1]
+        self.w_in = init_matrix(
+            rngs,
+            (num_experts, d_model, parts, d_hidden),
+            fan_in=d_model,
+            axes=("experts", "embed", "parts", "hidden"),
+        )
+        self.w_out = init_matrix(
+            rngs,
+            (num_experts, d_hidden, d_model),
+            fan_in=d_hidden,
+            axes=("experts", "hidden", "embed"),
+            scale=out_scale,
+        )
+
+    def __call__(self, x_TD: jax.Array, plan: DispatchPlan, weights_TK: jax.Array) -> jax.Array:
+        """Sum over a token's choices of weight * expert(x): [T, D]."""
+        w_in_EDH = self.w_in[...].reshape(*self.w_in.shape[:2], -1).astype(self.dtype)
+        w_out_EFD = self.w_out[...].astype(self.dtype)
+        activation = ACTIVATIONS[self.activation][0]
+        return expert_ffn(activation, x_TD.astype(self.dtype), plan, weights_TK, w_in_EDH, w_out_EFD)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def expert_ffn(
+    activation: Callable[[jax.Array], jax.Array],
+    x_TD: jax.Array,
+    plan: DispatchPlan,
+    weights_TK: jax.Array,
+    w_in_EDH: jax.Array,
+    w_out_EFD: jax.Array,
+) -> jax.Array:
+    """y_t = sum_k weights[t, k] * activation(x_t @ w_in[e]) @ w_out[e], with e the expert of choice k.
+
+    One differentiable unit: backward keeps x, the plan, the weights and the pre-activation, gathers the rows a second
+    time, and takes the gradient of a weight as <d activation, activation>, so that no expert's output is stored
+    (SonicMoE's observation; 2TD + 2TKH bytes in bf16).
+    """
+    return _expert_ffn_forward(activation, x_TD, plan, weights_TK, w_in_EDH, w_out_EFD)[0]
+
+
+def _expert_ffn_forward(activation, x_TD, plan, weights_TK, w_in_EDH, w_out_EFD):
+    hidden_NH = grouped_matmul(permute(x_TD, plan), w_in_EDH, plan.group_sizes_P)
+    y_ND = grouped_matmul(activation(hidden_NH), w_out_EFD, plan.group_sizes_P)
+    y_TD = unpermute(y_ND, plan, weights_TK)
+    return y_TD, (x_TD, plan, weights_TK, w_in_EDH, w_out_EFD, hidden_NH)
+
+
+def _expert_ffn_backward(activation, residuals, dy_TD):
+    x_TD, plan, weights_TK, w_in_EDH, w_out_EFD, hidden_NH = residuals
+    sizes = plan.group_sizes_P
+    weight_N = plan.gather_choices(weights_TK)[:, None].astype(jnp.float32)
+
+    # With dA' = dY @ w_out.T before weighting: d weight = <dA', A>, dA = weight * dA'.
+    dy_ND = permute(dy_TD, plan)
+    da_NF = grouped_matmul_dlhs(dy_ND, w_out_EFD, sizes).astype(jnp.float32)
+    a_NF, activation_vjp = jax.vjp(activation, hidden_NH)
+    d_weight_N = jnp.sum(da_NF * a_NF.astype(jnp.float32), axis=-1)
+    weighted_a_NF = (a_NF * weight_N).astype(a_NF.dtype)
+    dw_out_EFD = grouped_matmul_drhs(weighted_a_NF, dy_ND, sizes)
+
+    (dh_NH,) = activation_vjp((da_NF * weight_N).astype(a_NF.dtype))
+    dw_in_EDH = grouped_matmul_drhs(permute(x_TD, plan), dh_NH, sizes)
+    dx_TD = unpermute(grouped_matmul_dlhs(dh_NH, w_in_EDH, sizes), plan)
+    d_weights_TK = plan.gather_rows(d_weight_N).astype(weights_TK.dtype)
+    return dx_TD, None, d_weights_TK, dw_in_EDH.astype(w_in_EDH.dtype), dw_out_EFD.astype(w_out_EFD.dtype)
+
+
+expert_ffn.defvjp(_expert_ffn_forward, _expert_ffn_backward)

@@ -1,0 +1,67 @@
+"""MoE as pure functions on arrays, usable from any JAX code, also under the caller's own `shard_map`.
+
+Shapes: T tokens on this device, D model width, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+
+from custom_ops import DispatchPlan as DispatchPlan
+from custom_ops import grouped_matmul as grouped_matmul
+from custom_ops import make_plan as make_plan
+from custom_ops import permute as permute
+from custom_ops import unpermute as unpermute
+from moejax.dispatch import ExpertsFn, dispatch
+from moejax.exchange import EXCHANGES
+from moejax.routing import softmax_top_k
+
+
+def route(logits_TE: jax.Array, top_k: int, *, normalize: bool = True) -> tuple[jax.Array, jax.Array]:
+    """Softmax top-k: ids_TK i32 and weights_TK f32 that (with `normalize`) sum to one per token."""
+    ids_TK, weights_TK, _ = softmax_top_k(logits_TE, top_k, normalize=normalize)
+    return ids_TK, weights_TK
+
+
+def on_rows(fn: Callable[[jax.Array, jax.Array], jax.Array]) -> ExpertsFn:
+    """Experts from a function of their sorted rows.
+
+    `fn(rows_ND, group_sizes_E) -> rows_ND` gets the rows of expert 0, then those of expert 1, ...; rows past the sum
+    of the sizes are zero and what it returns there is ignored.
+    """
+
+    def experts(x_TD, plan, weights_TK):
+        return unpermute(fn(permute(x_TD, plan), plan.group_sizes_P), plan, weights_TK)
+
+    return experts
+
+
+def moe(
+    x_TD: jax.Array,
+    ids_TK: jax.Array,
+    weights_TK: jax.Array,
+    experts: ExpertsFn,
+    *,
+    num_experts: int,
+    axis: str | None = None,
+    exchange: str = "all_to_all",
+) -> jax.Array:
+    """y_t = sum_k weights[t, k] * expert_{ids[t, k]}(x_t).
+
+    Args:
+      ids_TK: experts 0..num_experts - 1; -1 for none.
+      experts: `(x_TD, plan, weights_TK) -> y_TD` over this device's experts; see `on_rows`.
+      num_experts: E over all devices.
+      axis: name of the mesh axis over which experts are split, when called inside `shard_map`; None: all are here.
+
+    Raises:
+      ValueError: the axis does not divide the experts.
+    """
+    size = 1 if axis is None else jax.lax.axis_size(axis)
+    if num_experts % size:
+        raise ValueError(f"num_experts = {num_experts}: must be a multiple of the size of axis {axis!r} ({size})")
+    per_device = num_experts // size
+    levels = [] if axis is None else [EXCHANGES[exchange](axis, per_device)]
+    return dispatch(x_TD, ids_TK, weights_TK, levels=levels, experts=experts, experts_per_device=per_device)[0]

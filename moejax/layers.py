@@ -1,0 +1,88 @@
+"""Layers of a transformer that are not Mixture-of-Experts.
+
+Shapes: B sequences, S positions, D model width, F hidden width, H query heads, G key/value heads, h width of a
+head, V vocabulary, W cache window.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+_TRUNCATED_STD = 0.87962566  # standard deviation of a unit normal cut at +-2
+
+
+def init_matrix(rngs: nnx.Rngs, shape: tuple[int, ...], *, fan_in: int, axes: tuple[str, ...], scale=1.0) -> nnx.Param:
+    """A truncated-normal parameter of standard deviation `scale / sqrt(fan_in)`.
+
+    `fan_in` is the number of inputs of ONE output: of a stack of expert matrices, of one expert.
+    """
+    std = scale / math.sqrt(fan_in) / _TRUNCATED_STD
+    return nnx.Param(std * jax.random.truncated_normal(rngs.params(), -2.0, 2.0, shape, jnp.float32), axes=axes)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale over the last dimension, computed in f32 (Zhang & Sennrich 2019, eq. 4)."""
+
+    def __init__(self, width: int, *, eps: float = 1e-6, axis: str = "embed"):
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32), axes=(axis,))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., width] -> [..., width], same dtype."""
+        x_f32 = x.astype(jnp.float32)
+        rms = jax.lax.rsqrt(jnp.mean(x_f32 * x_f32, axis=-1, keepdims=True) + self.eps)
+        scale = jnp.expand_dims(self.scale[...], tuple(range(x.ndim - 1)))
+        return (x_f32 * rms * scale).astype(x.dtype)
+
+
+def rotary(x_BSHh: jax.Array, positions_BS: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding (Su et al. 2021, eq. 34), halves rotated against each other."""
+    half = x_BSHh.shape[-1] // 2
+    wavelengths = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle_BS1f = positions_BS[:, :, None, None].astype(jnp.float32) * wavelengths[None, None, None, :]
+    cos, sin = jnp.cos(angle_BS1f), jnp.sin(angle_BS1f)
+    a, b = jnp.split(x_BSHh.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BSHh.dtype)
+
+
+def swiglu(gate_up_N2F: jax.Array) -> jax.Array:
+    """silu(gate) * up, gate the first half (Shazeer 2020, eq. 6): [..., 2F] -> [..., F]."""
+    gate, up = jnp.split(gate_up_N2F, 2, axis=-1)
+    return jax.nn.silu(gate) * up
+
+
+def gelu(x_NF: jax.Array) -> jax.Array:
+    """Tanh-approximated GELU (Hendrycks & Gimpel 2016): [..., F] -> [..., F]."""
+    return jax.nn.gelu(x_NF, approximate=True)
+
+
+# Name -> (function, number of input columns per hidden column).
+ACTIVATIONS: dict[str, tuple[Callable[[jax.Array], jax.Array], int]] = {"swiglu": (swiglu, 2), "gelu": (gelu, 1)}
+
+
+class FeedForward(nnx.Module):
+    """Dense FFN: x_BSD -> y_BSD."""
+
+    def __init__(
+        self, d_model: int, d_hidden: int, *, activation: str = "swiglu", out_scale=1.0, dtype=jnp.float32, rngs: nnx.Rngs
+    ):
+        self.activation = activation
+        self.dtype = dtype
+        parts = ACTIVATIONS[activation][1]
+        self.w_in = init_matrix(
+            rngs, (d_model, parts, d_hidden), fan_in=d_model, axes=("embed", "parts", "hidden")
+        )
+        self.w_out = init_matrix(
+            rngs, (d_hidden, d_model), fan_in=d_hidden, axes=("hidden", "embed"), scale=out_scale
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D]."""
+        w_in = self.w_in[...].astype(self.dtype)
+        hidden = x.astype(self.dtype) @ w_in.reshape(w_in.shape[0], -1)
+        return ACTIVATIONS[self.activation][0](hidden) @ self.w_out[...].astype(self.dtype)

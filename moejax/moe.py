@@ -1,0 +1,167 @@
+"""The Mixture-of-Experts layer.
+
+Shapes: T tokens (on one device inside `_local`), D model width, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from moejax.dispatch import dispatch
+from moejax.exchange import EXCHANGES
+from moejax.experts import Experts
+from moejax.losses import balance_loss, expert_load, z_loss
+from moejax.mesh import EXPERT, ambient_mesh, over_tokens, token_axes
+from moejax.routing import ROUTERS
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class MoEStats:
+    """What one layer did with the global batch; every field the same on all devices.
+
+    Fields:
+      aux_loss: weighted sum of the losses below, to be added to the model's loss.
+      balance_loss, z_loss: unweighted.
+      load_E: choices per expert, i32.
+      invalid: choices whose expert id was out of range (-1, "none", is not), i32.
+      dropped: valid choices that no expert carried out, i32.
+      rounds: times the layer ran until every choice was carried out, i32.
+    """
+
+    aux_loss: jax.Array
+    balance_loss: jax.Array
+    z_loss: jax.Array
+    load_E: jax.Array
+    invalid: jax.Array
+    dropped: jax.Array
+    rounds: jax.Array
+
+
+class MoE(nnx.Module):
+    """A sparse FFN: a router sends each token to K of E experts and sums what they return.
+
+    `y, stats = layer(x)`. Uses the ambient mesh (`jax.set_mesh`): tokens are split over all its token axes, experts
+    over `expert`. Without a mesh it runs on one device. Value and gradients are the same on every layout.
+
+    Args:
+      d_model: D.
+      d_hidden: F, the hidden width of one expert.
+      num_experts: E, over all devices.
+      top_k: K; None takes the router's own.
+      router: name in `ROUTERS`, or a module `router(x_TD, token_mask_T=, token_ids_T=, key=) -> Routing`.
+      experts: activation of the expert FFNs ("swiglu" or "gelu"), or a module
+        `experts(x_TD, plan, weights_TK) -> y_TD` whose parameters are stacked over the axis "experts".
+      exchange: name in `EXCHANGES`.
+      balance_weight, z_weight: weights of the losses in `stats.aux_loss`.
+      router_options: further arguments of the named router.
+
+    Raises:
+      ValueError: an unknown name, a top_k beyond the experts, or (when called) experts that the mesh's `expert` axis
+        does not divide.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_hidden: int,
+        num_experts: int,
+        *,
+        top_k: int | None = None,
+        router: str | nnx.Module = "topk",
+        experts: str | nnx.Module = "swiglu",
+        exchange: str = "all_to_all",
+        balance_weight: float = 0.01,
+        z_weight: float = 0.001,
+        out_scale: float = 1.0,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+        **router_options: Any,
+    ):
+        if exchange not in EXCHANGES:
+            raise ValueError(f"exchange = {exchange!r}: must be one of {sorted(EXCHANGES)}")
+        if isinstance(router, str):
+            if router not in ROUTERS:
+                raise ValueError(f"router = {router!r}: must be one of {sorted(ROUTERS)}")
+            router = ROUTERS[router](d_model, num_experts, top_k=top_k, rngs=rngs, **router_options)
+        if isinstance(experts, str):
+            experts = Experts(
+                num_experts, d_model, d_hidden, activation=experts, out_scale=out_scale, dtype=dtype, rngs=rngs
+            )
+        self.router = router
+        self.experts = experts
+        self.num_experts = num_experts
+        self.exchange = exchange
+        self.balance_weight = balance_weight
+        self.z_weight = z_weight
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        token_mask: jax.Array | None = None,
+        token_ids: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, MoEStats]:
+        """Apply the layer to [..., D].
+
+        Args:
+          token_mask: [...] bool, False for tokens that go nowhere and count nowhere (their output is 0).
+          token_ids: [...] i32, for routers that look at the token itself.
+          key: random key, for routers that draw.
+        """
+        mesh = ambient_mesh()
+        size = mesh.shape[EXPERT] if EXPERT in mesh.axis_names else 1
+        if self.num_experts % size:
+            raise ValueError(f"num_experts = {self.num_experts}: must be a multiple of mesh axis 'expert' ({size})")
+        flat = lambda a: None if a is None else a.reshape(-1)  # noqa: E731
+        graphdef, params = nnx.split((self.router, self.experts))
+
+        y_TD, stats = over_tokens(
+            partial(self._local, graphdef),
+            params,
+            x.reshape(-1, x.shape[-1]),
+            flat(token_mask),
+            flat(token_ids),
+            replicated=key,
+            out_specs=lambda tokens: (tokens, P()),
+        )
+        return y_TD.reshape(x.shape), stats
+
+    def _local(self, graphdef, params, key, x_TD, mask_T, token_ids_T):
+        """One device's tokens; collectives go along the token axes of the mesh, if there are any."""
+        router, experts = nnx.merge(graphdef, params)
+        axes = token_axes()
+        size = jax.lax.axis_size(EXPERT) if EXPERT in axes else 1
+        levels = [EXCHANGES[self.exchange](EXPERT, self.num_experts // size)] if size > 1 else []
+
+        routing = router(x_TD, token_mask_T=mask_T, token_ids_T=token_ids_T, key=key)
+        in_range_TK = (routing.ids_TK >= 0) & (routing.ids_TK < self.num_experts)
+        ids_TK = jnp.where(in_range_TK, routing.ids_TK, -1)
+        y_TD, served_TK = dispatch(
+            x_TD,
+            ids_TK,
+            routing.weights_TK,
+            levels=levels,
+            experts=experts,
+            experts_per_device=self.num_experts // size,
+        )
+        count = lambda choices_TK: jax.lax.psum(jnp.sum(choices_TK, dtype=jnp.int32), axes)  # noqa: E731
+        balance, z = balance_loss(routing, axes), z_loss(routing, axes)
+        stats = MoEStats(
+            aux_loss=self.balance_weight * balance + self.z_weight * z,
+            balance_loss=balance,
+            z_loss=z,
+            load_E=expert_load(ids_TK, self.num_experts, axes),
+            invalid=count(~in_range_TK & (routing.ids_TK != -1)),
+            dropped=count(in_range_TK & ~served_TK),
+            rounds=jnp.int32(1),
+        )
+        return y_TD.astype(x_TD.dtype), stats

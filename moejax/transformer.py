@@ -1,0 +1,236 @@
+"""A decoder-only transformer with Mixture-of-Experts in any subset of its layers.
+
+Shapes: B sequences, S positions, D model width, V vocabulary, L layers, M of them MoE, W cache window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from moejax.attention import Attention, KVCache
+from moejax.layers import FeedForward, RMSNorm, init_matrix
+from moejax.losses import cross_entropy
+from moejax.mesh import over_tokens, token_axes
+from moejax.moe import MoE, MoEStats
+from moejax.routing import ROUTING_DECISION
+
+_policies = jax.checkpoint_policies
+_KEEP_ROUTING = _policies.save_only_these_names(ROUTING_DECISION)
+
+# What backward computes again. All but "none" still keep every routing decision.
+REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
+    "none": None,
+    "dots": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _KEEP_ROUTING),
+    "full": _KEEP_ROUTING,
+}
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then + ffn(norm(x)); the FFN is dense or MoE."""
+
+    def __init__(self, attention: Attention, ffn: FeedForward | MoE, d_model: int):
+        self.attention_norm = RMSNorm(d_model)
+        self.attention = attention
+        self.ffn_norm = RMSNorm(d_model)
+        self.ffn = ffn
+
+    def __call__(
+        self, x_BSD: jax.Array, segments_BS: jax.Array, positions_BS: jax.Array, cache: KVCache | None
+    ) -> tuple[jax.Array, MoEStats | None, KVCache | None]:
+        """Also returns the MoE layer's statistics (None if dense) and the extended cache."""
+        attended, cache = self.attention(self.attention_norm(x_BSD), segments_BS, positions_BS, cache)
+        x_BSD = x_BSD + attended
+        if isinstance(self.ffn, MoE):
+            y_BSD, stats = self.ffn(self.ffn_norm(x_BSD), token_mask=segments_BS > 0)
+        else:
+            y_BSD, stats = self.ffn(self.ffn_norm(x_BSD)), None
+        return x_BSD + y_BSD, stats, cache
+
+
+class Transformer(nnx.Module):
+    """Pre-norm decoder with rotary positions.
+
+    Layers repeat with a period (1 when all are alike, 2 when every other one is MoE); the blocks of one period are
+    stacked over the repetitions and run by `lax.scan`, so the program's size does not grow with depth.
+
+    Args:
+      d_hidden: F of the dense layers.
+      moe_layers: numbers of the layers that are MoE.
+      moe: arguments of `MoE` beyond `d_model`: `d_hidden`, `num_experts`, `top_k`, `router`, ...
+      remat: name in `REMAT_POLICIES`.
+      dtype: of all products and activations; parameters are f32.
+
+    Raises:
+      ValueError: sizes that do not divide, a layer number beyond the last, an unknown name.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        num_layers: int,
+        d_model: int,
+        num_heads: int,
+        d_hidden: int,
+        num_kv_heads: int | None = None,
+        activation: str = "swiglu",
+        moe_layers: Collection[int] = (),
+        moe: Mapping[str, Any] | None = None,
+        tie_embeddings: bool = True,
+        rope_theta: float = 10_000.0,
+        remat: str = "none",
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if remat not in REMAT_POLICIES:
+            raise ValueError(f"remat = {remat!r}: must be one of {sorted(REMAT_POLICIES)}")
+        if not set(moe_layers) <= set(range(num_layers)):
+            raise ValueError(f"moe_layers = {sorted(moe_layers)}: must be numbers from 0 to {num_layers - 1}")
+        self.dtype, self.remat, self.num_layers = dtype, remat, num_layers
+        out_scale = (2 * num_layers) ** -0.5  # two additions per layer keep the residual stream at unit scale
+        common = {"activation": activation, "out_scale": out_scale, "dtype": dtype}
+
+        def make_block(is_moe: bool, rngs: nnx.Rngs) -> Block:
+            ffn: FeedForward | MoE
+            if is_moe:
+                ffn = MoE(d_model, experts=activation, out_scale=out_scale, dtype=dtype, rngs=rngs, **(moe or {}))
+            else:
+                ffn = FeedForward(d_model, d_hidden, rngs=rngs, **common)
+            attention = Attention(
+                d_model,
+                num_heads,
+                num_kv_heads=num_kv_heads,
+                rope_theta=rope_theta,
+                out_scale=out_scale,
+                dtype=dtype,
+                rngs=rngs,
+            )
+            return Block(attention, ffn, d_model)
+
+        kinds = [layer in moe_layers for layer in range(num_layers)]
+        period = _period(kinds)
+
+        def make_period(rngs: nnx.Rngs) -> nnx.List:
+            return nnx.List([make_block(kind, rngs) for kind in kinds[:period]])
+
+        self.embedding = init_matrix(rngs, (vocab_size, d_model), fan_in=d_model, axes=("vocab", "embed"))
+        self.blocks = _stack(make_period, num_layers // period, rngs)
+        self.final_norm = RMSNorm(d_model)
+        self.unembedding = (
+            None
+            if tie_embeddings
+            else init_matrix(rngs, (vocab_size, d_model), fan_in=d_model, axes=("vocab", "embed"))
+        )
+
+    def __call__(
+        self,
+        tokens_BS: jax.Array,
+        *,
+        segments_BS: jax.Array | None = None,
+        positions_BS: jax.Array | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[jax.Array, MoEStats | None, jax.Array, KVCache | None]:
+        """Run all layers.
+
+        Args:
+          tokens_BS: i32 token ids.
+          segments_BS: document of each position, 0 for padding (goes to no expert); default: one document.
+          positions_BS: position within the document; default: 0, 1, 2, ...
+          cache: from `init_cache`; filled with the keys and values of `tokens_BS`.
+
+        Returns:
+          hidden_BSD after the last norm; the statistics of the M MoE layers, each field with a leading M (None if
+          M = 0); finite_L, whether each layer's output was finite; the filled cache.
+        """
+        if segments_BS is None:
+            segments_BS = jnp.ones(tokens_BS.shape, jnp.int32)
+        if positions_BS is None:
+            positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape)
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def run_period(x_BSD, layer):
+            state, cache = layer
+            blocks = nnx.merge(graphdef, state)
+            stats, finite, caches = [], [], []
+            for index, block in enumerate(blocks):
+                part = jax.tree.map(lambda leaf, index=index: leaf[index], cache)
+                x_BSD, block_stats, part = block(x_BSD, segments_BS, positions_BS, part)
+                stats += [] if block_stats is None else [block_stats]
+                finite.append(jnp.all(jnp.isfinite(x_BSD)))
+                caches.append(part)
+            return x_BSD, (_stack_trees(stats), jnp.stack(finite), _stack_trees(caches))
+
+        policy = REMAT_POLICIES[self.remat]
+        if policy is not None:
+            run_period = jax.checkpoint(run_period, policy=policy, prevent_cse=False)
+        period = len(self.blocks)
+        by_period = lambda leaf: leaf.reshape(-1, period, *leaf.shape[1:])  # noqa: E731
+        by_layer = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])  # noqa: E731
+
+        x_BSD = self._embed(tokens_BS)
+        x_BSD, (stats, finite, cache) = jax.lax.scan(run_period, x_BSD, (stacked, jax.tree.map(by_period, cache)))
+        stats, finite_L, cache = jax.tree.map(by_layer, (stats, finite, cache))
+        return self.final_norm(x_BSD), stats, finite_L, cache
+
+    def _embed(self, tokens_BS: jax.Array) -> jax.Array:
+        # Unit scale per element, although the (possibly tied) matrix is initialised for the output side.
+        scale = self.embedding.shape[1] ** 0.5
+        return (self.embedding[...][tokens_BS] * scale).astype(self.dtype)
+
+    @property
+    def output_embedding(self) -> nnx.Param:
+        """The [V, D] matrix that turns hidden states into logits."""
+        return self.embedding if self.unembedding is None else self.unembedding
+
+    def logits(self, hidden_BSD: jax.Array) -> jax.Array:
+        """[B, S, D] -> [B, S, V] f32, whole in memory: for generation; training uses `loss`."""
+        weights = self.output_embedding[...].astype(self.dtype)
+        return jnp.dot(hidden_BSD, weights.T, preferred_element_type=jnp.float32)
+
+    def loss(self, hidden_BSD: jax.Array, targets_BS: jax.Array, *, chunk: int) -> jax.Array:
+        """Summed cross-entropy in nats over all devices; targets below 0 count nothing.
+
+        Args:
+          chunk: tokens per device whose logits stand in memory at once.
+        """
+
+        def local(weights, _, hidden_BSD, targets_BS):
+            axes = token_axes()
+            weights_VD = weights.get_value().astype(self.dtype)
+            flat = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
+            total = cross_entropy(flat, weights_VD, targets_BS.reshape(-1), chunk)
+            return jax.lax.psum(total, axes)
+
+        return over_tokens(local, self.output_embedding, hidden_BSD, targets_BS, out_specs=lambda _: P())
+
+    def init_cache(self, batch_size: int, window: int) -> KVCache:
+        """An empty cache of the last `window` positions, [L, B, W, G, h]."""
+        attention = self.blocks[0].attention
+        num_kv = attention.w_k.shape[-1] // attention.d_head
+        shape = (self.num_layers, batch_size, window, num_kv, attention.d_head)
+        zeros = jnp.zeros(shape, self.dtype)
+        return KVCache(zeros, zeros, jnp.full((self.num_layers, window), -1, jnp.int32))
+
+
+def _period(kinds: list[bool]) -> int:
+    """Smallest number of layers after which the kinds repeat."""
+    n = len(kinds)
+    return next(p for p in range(1, n + 1) if n % p == 0 and kinds == kinds[:p] * (n // p))
+
+
+def _stack(make: Callable[[nnx.Rngs], Any], count: int, rngs: nnx.Rngs) -> Any:
+    """`count` independently initialised copies of a module as one, each parameter with a leading dimension."""
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    keys = jax.random.split(rngs.params(), count)
+    return nnx.merge(graphdef, jax.vmap(lambda key: nnx.state(make(nnx.Rngs(key))))(keys))
+
+
+def _stack_trees(trees: list[Any]) -> Any:
+    """Trees of equal structure as one, with a new leading dimension; None for no trees."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees) if trees else None

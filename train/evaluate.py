@@ -1,0 +1,68 @@
+"""Evaluation on the validation split, during a run and of a finished one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+import moejax
+from moejax.mesh import token_sharding
+from train.checkpoint import Checkpoints
+from train.config import TrainConfig
+from train.config_io import load_config
+from train.data import load_corpus, load_tokenizer, validation_batches
+from train.model import ModelSpec
+from train.monitor import Monitor
+from train.step import BATCH_FIELDS, Batch, make_eval_step
+
+
+def device_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
+    """What the model sees of a host batch, split over all devices."""
+    return jax.device_put({name: batch[name] for name in BATCH_FIELDS}, token_sharding(mesh))
+
+
+def mean_loss(eval_step: Callable[..., Any], params: Any, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh) -> float:
+    """Mean cross-entropy in nats over all counted tokens of the batches."""
+    sums = [eval_step(params, device_batch(batch, mesh)) for batch in batches]
+    totals, counts = zip(*jax.device_get(sums), strict=True)
+    return float(np.sum(totals, dtype=np.float64) / np.sum(counts))
+
+
+def fitting_mesh(config: TrainConfig) -> Mesh:
+    """The run's own mesh if these devices allow it, otherwise the largest expert axis that they do."""
+    num_devices = jax.device_count()
+    expert = config.mesh.expert
+    if num_devices % expert:
+        expert = math.gcd(num_devices, config.model.moe.num_experts)
+    return moejax.make_mesh(expert=expert)
+
+
+def evaluate_run(run_dir: str) -> tuple[float, int]:
+    """Evaluate the newest sound checkpoint of a run on its whole validation split.
+
+    Returns:
+      The mean loss in nats per token, and the number of tokens.
+
+    Raises:
+      ConfigError: not a run directory, no sound checkpoint, or its data has gone.
+    """
+    directory = Path(run_dir)
+    config = load_config(directory / "config.yaml")
+    tokenizer = load_tokenizer(directory)
+    corpus = load_corpus(config.data, tokenizer)
+    spec = ModelSpec.from_config(config, tokenizer.vocab_size)
+    mesh = fitting_mesh(config)
+    with jax.set_mesh(mesh):
+        step, params = Checkpoints(directory, config.checkpoint).restore_params(spec.abstract_params(mesh))
+        batch_size = math.ceil(config.data.batch_size / mesh.size) * mesh.size
+        batches = list(validation_batches(corpus, batch_size, config.data.sequence_length))
+        loss = mean_loss(jax.jit(make_eval_step(spec)), params, batches, mesh)
+    tokens = sum(int(np.sum(batch["targets"] >= 0)) for batch in batches)
+    (directory / "log.txt").open("a").write(f"eval/loss {loss:.6f} at step {step} over {tokens} tokens\n")
+    return loss, tokens

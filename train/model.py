@@ -1,0 +1,133 @@
+"""From the run's config to the model, its parameters as a plain tree, and where they lie."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import moejax
+from moejax.mesh import state_shardings
+from moejax.routing import ROUTERS
+from train.config import MoEConfig, TrainConfig
+
+DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
+
+
+def experts_per_token(moe: MoEConfig) -> int:
+    """`model.moe.top_k`, or the router's own number where it is unset."""
+    return ROUTERS[moe.router].default_top_k if moe.top_k is None else moe.top_k
+
+
+def moe_layer_numbers(moe_layers: str, num_layers: int) -> tuple[int, ...]:
+    """Numbers of the MoE layers: `all`, `none`, `odd`, `even`, or a comma-separated list."""
+    every = range(num_layers)
+    named = {"all": every, "none": (), "odd": every[1::2], "even": every[0::2]}
+    return tuple(named[moe_layers] if moe_layers in named else map(int, moe_layers.split(",")))
+
+
+def make_model(config: TrainConfig, vocab_size: int, rngs: nnx.Rngs) -> moejax.Transformer:
+    """The transformer that `config.model` describes."""
+    model = config.model
+    d_hidden = model.d_hidden or math.ceil(8 * model.d_model / 3 / 8) * 8
+    routing = asdict(model.moe.routing)
+    return moejax.Transformer(
+        vocab_size=model.vocab_size or vocab_size,
+        num_layers=model.num_layers,
+        d_model=model.d_model,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        d_hidden=d_hidden,
+        activation=model.activation,
+        moe_layers=moe_layer_numbers(model.moe_layers, model.num_layers),
+        moe={
+            "d_hidden": model.moe.d_hidden or math.ceil(d_hidden / experts_per_token(model.moe) / 8) * 8,
+            "num_experts": model.moe.num_experts,
+            "top_k": model.moe.top_k,
+            "router": model.moe.router,
+            "exchange": model.moe.exchange,
+            **routing,
+        },
+        tie_embeddings=model.tie_embeddings,
+        rope_theta=model.rope_theta,
+        remat=model.remat,
+        dtype=DTYPES[config.precision],
+        rngs=rngs,
+    )
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model without its numbers.
+
+    Fields:
+      graphdef: NNX structure.
+      abstract: NNX state of shapes, with the logical axes of each parameter as metadata.
+      config: what it was built from.
+      vocab_size: of the tokenizer.
+    """
+
+    graphdef: nnx.GraphDef
+    abstract: nnx.State
+    config: TrainConfig
+    vocab_size: int
+
+    @classmethod
+    def from_config(cls, config: TrainConfig, vocab_size: int) -> ModelSpec:
+        """Trace the constructor; nothing is computed."""
+        model = nnx.eval_shape(lambda: make_model(config, vocab_size, nnx.Rngs(0)))
+        return cls(*nnx.split(model), config, vocab_size)
+
+    def init_params(self, key: jax.Array) -> dict[str, Any]:
+        """Freshly drawn parameters as nested dicts; for use under `jit`."""
+        return nnx.to_pure_dict(nnx.state(make_model(self.config, self.vocab_size, nnx.Rngs(key))))
+
+    def merge(self, params: dict[str, Any]) -> moejax.Transformer:
+        """The model with these parameters."""
+        treedef = jax.tree.structure(self.abstract)
+        return nnx.merge(self.graphdef, jax.tree.unflatten(treedef, jax.tree.leaves(params)))
+
+    def logical_axes(self) -> dict[str, Any]:
+        """Each parameter's logical axes, `layers` for stacked ones, in the tree of `init_params`."""
+
+        def axes(variable):
+            names = variable.get_metadata("axes")
+            value = variable.get_value()
+            return variable.replace(Axes(("layers",) * (value.ndim - len(names)) + tuple(names)))
+
+        is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
+        return nnx.to_pure_dict(jax.tree.map(axes, self.abstract, is_leaf=is_variable))
+
+    def shardings(self, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+        """Each parameter's sharding on `mesh`, in the tree of `init_params`."""
+        return nnx.to_pure_dict(state_shardings(self.abstract, mesh))
+
+    def abstract_params(self, mesh: jax.sharding.Mesh | None) -> dict[str, Any]:
+        """Shape, dtype and sharding of each parameter; without a mesh, on one device."""
+        shapes = nnx.to_pure_dict(self.abstract)
+        if mesh is None:
+            one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=one), shapes)
+        place = lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)  # noqa: E731
+        return jax.tree.map(place, shapes, self.shardings(mesh))
+
+    def count_parameters(self) -> tuple[int, int]:
+        """All parameters, and those that one token meets: of the experts only the chosen ones."""
+        moe = self.config.model.moe
+        total = active = 0
+        leaves = zip(jax.tree.leaves(self.abstract), jax.tree.leaves(self.logical_axes()), strict=True)
+        for leaf, axes in leaves:
+            total += leaf.size
+            active += leaf.size * experts_per_token(moe) // moe.num_experts if "experts" in axes.names else leaf.size
+        return total, active
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Logical axis names of one parameter, as one leaf of a tree."""
+
+    names: tuple[str, ...]

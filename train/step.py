@@ -1,0 +1,173 @@
+"""One optimizer step and one evaluation step, as compiled functions of the run's state.
+
+Shapes: B sequences of the global batch, S positions, A accumulation steps, L layers, M MoE layers, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moejax.mesh import token_sharding
+from moejax.moe import MoEStats
+from train.model import ModelSpec
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+# What the model sees of a batch; the iterator's bookkeeping stays on the host.
+BATCH_FIELDS = ("tokens", "targets", "segments", "positions")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Everything a step changes.
+
+    Fields:
+      step: optimizer steps done, i32.
+      params: nested dicts of f32 arrays.
+      opt_state: Optax state.
+      key: data of the run's random key, u32; each step folds its number into it.
+    """
+
+    step: jax.Array
+    params: dict[str, Any]
+    opt_state: Any
+    key: jax.Array
+
+
+def make_init(spec: ModelSpec, optimizer: optax.GradientTransformation, seed: int) -> Callable[[], TrainState]:
+    """The state before the first step; the same on every layout."""
+
+    def init() -> TrainState:
+        param_key, key = jax.random.split(jax.random.key(seed))
+        params = spec.init_params(param_key)
+        return TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key_data(key))
+
+    return init
+
+
+def state_shardings(spec: ModelSpec, state: TrainState, mesh: Mesh) -> TrainState:
+    """Sharding of every leaf: optimizer moments lie with their parameters, all else is on every device."""
+    params = spec.shardings(mesh)
+    replicated = NamedSharding(mesh, P())
+    by_path = dict(jax.tree_util.tree_leaves_with_path(params))
+
+    def of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        # A moment's path ends with the path of its parameter.
+        tails = (path[i:] for i in range(len(path)))
+        return next((by_path[tail] for tail in tails if tail in by_path), replicated)
+
+    return TrainState(
+        replicated, params, jax.tree_util.tree_map_with_path(of, state.opt_state), replicated
+    )
+
+
+def make_loss(spec: ModelSpec) -> Callable[[dict[str, Any], Batch, jax.Array], tuple[jax.Array, Metrics]]:
+    """`(params, part, count) -> (this part's share of the batch's loss, what it reports)`.
+
+    The shares of all accumulation steps add up to cross-entropy per token (of `count` in the whole batch) plus the
+    mean of the auxiliary losses, so their gradients add up too.
+    """
+    accumulation = spec.config.optimizer.accumulation_steps
+
+    def loss(params: dict[str, Any], part: Batch, count: jax.Array) -> tuple[jax.Array, Metrics]:
+        model = spec.merge(params)
+        hidden, stats, finite_L, _ = model(
+            part["tokens"], segments_BS=part["segments"], positions_BS=part["positions"]
+        )
+        cross_entropy = model.loss(hidden, part["targets"], chunk=spec.config.model.loss_chunk) / count
+        aux_loss = jnp.float32(0) if stats is None else jnp.sum(stats.aux_loss) / accumulation
+        report = {"loss": cross_entropy, "aux_loss": aux_loss, "finite_layers": finite_L, "stats": stats}
+        return cross_entropy + aux_loss, report
+
+    return loss
+
+
+def make_train_step(
+    spec: ModelSpec, optimizer: optax.GradientTransformation, schedule: optax.Schedule, mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """One optimizer step on one global batch, not yet compiled.
+
+    It reports scalars, and what is needed to name the origin of a NaN: `finite_layers` [L], `finite_grads` (one per
+    parameter, in tree order).
+    """
+    accumulation = spec.config.optimizer.accumulation_steps
+    value_and_grad = jax.value_and_grad(make_loss(spec), has_aux=True)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        count = jnp.maximum(jnp.sum(batch["targets"] >= 0), 1).astype(jnp.float32)
+
+        def add_part(grads: Any, part: Batch) -> tuple[Any, Metrics]:
+            (_, report), part_grads = value_and_grad(state.params, part, count)
+            return jax.tree.map(jnp.add, grads, part_grads), report
+
+        if accumulation == 1:
+            (_, report), grads = value_and_grad(state.params, batch, count)
+            reports = jax.tree.map(lambda x: x[None], report)
+        else:
+            zeros = jax.tree.map(jnp.zeros_like, state.params)
+            grads, reports = jax.lax.scan(add_part, zeros, _split(batch, accumulation, mesh))
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": jnp.sum(reports["loss"]),
+            "aux_loss": jnp.sum(reports["aux_loss"]),
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": schedule(state.step),
+            "finite_layers": jnp.all(reports["finite_layers"], axis=0),
+            "finite_grads": jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads)]),
+            **({} if reports["stats"] is None else moe_metrics(reports["stats"])),
+        }
+        return TrainState(state.step + 1, params, opt_state, state.key), metrics
+
+    return step
+
+
+def _split(batch: Batch, parts: int, mesh: Mesh) -> Batch:
+    """[B, S] -> [A, B / A, S], each part spread over all devices."""
+    sharding = NamedSharding(mesh, P(None, *token_sharding(mesh).spec))
+
+    def split(x: jax.Array) -> jax.Array:
+        # Sequence b goes to part b mod A, so that every device cuts up its own sequences.
+        x = x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+        return jax.lax.with_sharding_constraint(x, sharding)
+
+    return jax.tree.map(split, batch)
+
+
+def moe_metrics(stats: MoEStats) -> Metrics:
+    """Scalars of a step from the statistics of its A parts and M layers (leading dimensions [A, M]).
+
+    `moe/max_vio` is the largest of any layer of (max load - mean load) / mean load (Wang et al. 2024, eq. 4).
+    """
+    load_ME = jnp.sum(stats.load_E, axis=0)
+    mean_M = jnp.maximum(jnp.mean(load_ME, axis=-1), 1e-9)
+    return {
+        "moe/max_vio": jnp.max(jnp.max(load_ME, axis=-1) / mean_M - 1),
+        "moe/dead_experts": jnp.sum(load_ME == 0),
+        "moe/dropped_fraction": jnp.sum(stats.dropped) / jnp.maximum(jnp.sum(load_ME), 1),
+        "moe/invalid": jnp.sum(stats.invalid),
+        "moe/rounds": jnp.max(stats.rounds),
+    }
+
+
+def make_eval_step(spec: ModelSpec) -> Callable[[dict[str, Any], Batch], tuple[jax.Array, jax.Array]]:
+    """`(params, batch) -> (summed cross-entropy in nats, tokens counted)`, not yet compiled."""
+
+    def step(params: dict[str, Any], batch: Batch) -> tuple[jax.Array, jax.Array]:
+        model = spec.merge(params)
+        hidden, *_ = model(batch["tokens"], segments_BS=batch["segments"], positions_BS=batch["positions"])
+        total = model.loss(hidden, batch["targets"], chunk=spec.config.model.loss_chunk)
+        return total, jnp.sum(batch["targets"] >= 0)
+
+    return step
