@@ -62,11 +62,12 @@ class Attention(nnx.Module):
         self.dtype = dtype
 
         def projection(heads: int) -> nnx.Param:
-            return init_matrix(rngs, (d_model, heads * self.d_head), fan_in=d_model, axes=("embed", "heads"))
+            shape = (d_model, heads * self.d_head)
+            return init_matrix(rngs, shape, axes=("embed", "heads"), std=d_model**-0.5)
 
         self.w_q, self.w_k, self.w_v = projection(num_heads), projection(num_kv_heads), projection(num_kv_heads)
         self.w_out = init_matrix(
-            rngs, (num_heads * self.d_head, d_model), fan_in=d_model, axes=("heads", "embed"), scale=out_scale
+            rngs, (num_heads * self.d_head, d_model), axes=("heads", "embed"), std=out_scale * d_model**-0.5
         )
         self.q_norm = RMSNorm(self.d_head, axis="hidden")
         self.k_norm = RMSNorm(self.d_head, axis="hidden")

@@ -47,15 +47,14 @@ class Experts(nnx.Module):
         self.w_in = init_matrix(
             rngs,
             (num_experts, d_model, parts, d_hidden),
-            fan_in=d_model,
             axes=("experts", "embed", "parts", "hidden"),
+            std=d_model**-0.5,
         )
         self.w_out = init_matrix(
             rngs,
             (num_experts, d_hidden, d_model),
-            fan_in=d_hidden,
             axes=("experts", "hidden", "embed"),
-            scale=out_scale,
+            std=out_scale * d_hidden**-0.5,
         )
 
     def __call__(self, x_TD: jax.Array, plan: DispatchPlan, weights_TK: jax.Array) -> jax.Array:
@@ -94,20 +93,21 @@ def _expert_ffn_forward(activation, x_TD, plan, weights_TK, w_in_EDH, w_out_EFD)
 def _expert_ffn_backward(activation, residuals, dy_TD):
     x_TD, plan, weights_TK, w_in_EDH, w_out_EFD, hidden_NH = residuals
     sizes = plan.group_sizes_P
-    weight_N = plan.gather_choices(weights_TK)[:, None].astype(jnp.float32)
+    wide = jnp.promote_types(dy_TD.dtype, jnp.float32)
+    weight_N1 = plan.choices_to_rows(weights_TK)[:, None].astype(wide)
 
     # With dA' = dY @ w_out.T before weighting: d weight = <dA', A>, dA = weight * dA'.
     dy_ND = permute(dy_TD, plan)
-    da_NF = grouped_matmul_dlhs(dy_ND, w_out_EFD, sizes).astype(jnp.float32)
+    da_NF = grouped_matmul_dlhs(dy_ND, w_out_EFD, sizes).astype(wide)
     a_NF, activation_vjp = jax.vjp(activation, hidden_NH)
-    d_weight_N = jnp.sum(da_NF * a_NF.astype(jnp.float32), axis=-1)
-    weighted_a_NF = (a_NF * weight_N).astype(a_NF.dtype)
+    d_weight_N = jnp.sum(da_NF * a_NF.astype(wide), axis=-1)
+    weighted_a_NF = (a_NF * weight_N1).astype(a_NF.dtype)
     dw_out_EFD = grouped_matmul_drhs(weighted_a_NF, dy_ND, sizes)
 
-    (dh_NH,) = activation_vjp((da_NF * weight_N).astype(a_NF.dtype))
+    (dh_NH,) = activation_vjp((da_NF * weight_N1).astype(a_NF.dtype))
     dw_in_EDH = grouped_matmul_drhs(permute(x_TD, plan), dh_NH, sizes)
     dx_TD = unpermute(grouped_matmul_dlhs(dh_NH, w_in_EDH, sizes), plan)
-    d_weights_TK = plan.gather_rows(d_weight_N).astype(weights_TK.dtype)
+    d_weights_TK = plan.rows_to_choices(d_weight_N).astype(weights_TK.dtype)
     return dx_TD, None, d_weights_TK, dw_in_EDH.astype(w_in_EDH.dtype), dw_out_EFD.astype(w_out_EFD.dtype)
 
 

@@ -6,7 +6,6 @@ head, V vocabulary, W cache window.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import jax
@@ -16,13 +15,13 @@ from flax import nnx
 _TRUNCATED_STD = 0.87962566  # standard deviation of a unit normal cut at +-2
 
 
-def init_matrix(rngs: nnx.Rngs, shape: tuple[int, ...], *, fan_in: int, axes: tuple[str, ...], scale=1.0) -> nnx.Param:
-    """A truncated-normal parameter of standard deviation `scale / sqrt(fan_in)`.
+def init_matrix(rngs: nnx.Rngs, shape: tuple[int, ...], *, axes: tuple[str, ...], std: float) -> nnx.Param:
+    """A parameter drawn from a normal distribution cut at two sigma, of standard deviation `std` after the cut.
 
-    `fan_in` is the number of inputs of ONE output: of a stack of expert matrices, of one expert.
+    For a projection that is 1 / sqrt(inputs of ONE output): in a stack of expert matrices, of one expert.
     """
-    std = scale / math.sqrt(fan_in) / _TRUNCATED_STD
-    return nnx.Param(std * jax.random.truncated_normal(rngs.params(), -2.0, 2.0, shape, jnp.float32), axes=axes)
+    draw = jax.random.truncated_normal(rngs.params(), -2.0, 2.0, shape, jnp.float32)
+    return nnx.Param(std / _TRUNCATED_STD * draw, axes=axes)
 
 
 class RMSNorm(nnx.Module):
@@ -75,10 +74,10 @@ class FeedForward(nnx.Module):
         self.dtype = dtype
         parts = ACTIVATIONS[activation][1]
         self.w_in = init_matrix(
-            rngs, (d_model, parts, d_hidden), fan_in=d_model, axes=("embed", "parts", "hidden")
+            rngs, (d_model, parts, d_hidden), axes=("embed", "parts", "hidden"), std=d_model**-0.5
         )
         self.w_out = init_matrix(
-            rngs, (d_hidden, d_model), fan_in=d_hidden, axes=("hidden", "embed"), scale=out_scale
+            rngs, (d_hidden, d_model), axes=("hidden", "embed"), std=out_scale * d_hidden**-0.5
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -11,6 +11,8 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from custom_ops.varying import varying_axes
+
 # Mesh axes, outermost first. Tokens are split over all of them.
 DATA = "data"
 EXPERT = "expert"
@@ -88,12 +90,6 @@ def token_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(tuple(axis for axis in TOKEN_AXES if axis in mesh.axis_names)))
 
 
-def _varying_axes(x: jax.Array) -> frozenset[str]:
-    aval = jax.typeof(x)
-    vma = getattr(aval, "vma", None)
-    return aval.manual_axis_type.varying if vma is None else vma  # the second form is jax 0.10's
-
-
 def make_varying(tree: Any, axes: Sequence[str]) -> Any:
     """Mark every array as differing between devices along `axes`, inside `shard_map`.
 
@@ -101,7 +97,7 @@ def make_varying(tree: Any, axes: Sequence[str]) -> Any:
     """
 
     def cast(x: jax.Array) -> jax.Array:
-        missing = tuple(axis for axis in axes if axis not in _varying_axes(x))
+        missing = tuple(axis for axis in axes if axis not in varying_axes(x))
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(cast, tree)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from moejax.layers import init_matrix
 
@@ -39,19 +40,27 @@ class Routing:
 class TopK(nnx.Module):
     """Softmax over all experts, the K largest chosen (Shazeer et al. 2017; OLMoE, Mixtral, Qwen3).
 
-    With `normalize` a token's weights sum to one, which equals a softmax over the K chosen logits.
+    With `normalize` a token's weights sum to one, which equals a softmax over the K chosen logits. By default they do
+    for K > 1; a single weight would become the constant 1 and leave the router without a gradient (Switch
+    Transformer, section 2.1).
     """
 
     default_top_k = 2
 
     def __init__(
-        self, d_model: int, num_experts: int, *, top_k: int | None = None, normalize: bool = True, rngs: nnx.Rngs
+        self,
+        d_model: int,
+        num_experts: int,
+        *,
+        top_k: int | None = None,
+        normalize: bool | None = None,
+        rngs: nnx.Rngs,
     ):
         self.top_k = self.default_top_k if top_k is None else top_k
         if not 1 <= self.top_k <= num_experts:
             raise ValueError(f"top_k = {self.top_k}: must be between 1 and num_experts ({num_experts})")
-        self.normalize = normalize
-        self.w_DE = init_matrix(rngs, (d_model, num_experts), fan_in=d_model, axes=("embed", "router"))
+        self.normalize = self.top_k > 1 if normalize is None else normalize
+        self.w_DE = init_matrix(rngs, (d_model, num_experts), axes=("embed", "router"), std=d_model**-0.5)
 
     def __call__(
         self,
@@ -84,7 +93,7 @@ def softmax_top_k(
 
 def keep_decision(ids_TK: jax.Array) -> jax.Array:
     """Name a routing decision so that every remat policy saves it: computed again, rounding could flip it."""
-    return jax.ad_checkpoint.checkpoint_name(ids_TK, ROUTING_DECISION)
+    return checkpoint_name(ids_TK, ROUTING_DECISION)
 
 
 ROUTERS = {"topk": TopK}

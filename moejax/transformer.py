@@ -119,14 +119,14 @@ class Transformer(nnx.Module):
         def make_period(rngs: nnx.Rngs) -> nnx.List:
             return nnx.List([make_block(kind, rngs) for kind in kinds[:period]])
 
-        self.embedding = init_matrix(rngs, (vocab_size, d_model), fan_in=d_model, axes=("vocab", "embed"))
+        def embedding() -> nnx.Param:
+            # Small, as in GPT-2: tied, a token would otherwise begin by predicting itself.
+            return init_matrix(rngs, (vocab_size, d_model), axes=("vocab", "embed"), std=0.02)
+
+        self.embedding = embedding()
         self.blocks = _stack(make_period, num_layers // period, rngs)
         self.final_norm = RMSNorm(d_model)
-        self.unembedding = (
-            None
-            if tie_embeddings
-            else init_matrix(rngs, (vocab_size, d_model), fan_in=d_model, axes=("vocab", "embed"))
-        )
+        self.unembedding = None if tie_embeddings else embedding()
 
     def __call__(
         self,
@@ -179,9 +179,7 @@ class Transformer(nnx.Module):
         return self.final_norm(x_BSD), stats, finite_L, cache
 
     def _embed(self, tokens_BS: jax.Array) -> jax.Array:
-        # Unit scale per element, although the (possibly tied) matrix is initialised for the output side.
-        scale = self.embedding.shape[1] ** 0.5
-        return (self.embedding[...][tokens_BS] * scale).astype(self.dtype)
+        return self.embedding[...][tokens_BS].astype(self.dtype)
 
     @property
     def output_embedding(self) -> nnx.Param:

@@ -34,8 +34,8 @@ class DataConfig:
 class RoutingConfig:
     """Options of the routers and their losses."""
 
-    normalize: bool = True
-    """Make a token's combine weights sum to one."""
+    normalize: bool | None = None
+    """Make a token's combine weights sum to one. Unset: where it has several."""
     balance_weight: float = 0.01
     """Weight of the load-balance loss, taken over the global batch."""
     z_weight: float = 0.001

@@ -1,0 +1,226 @@
+"""The MoE layer against the dense oracle, in value and in every gradient, on every layout."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import moejax
+from tests import tolerance
+from tests.moejax import oracle
+
+T, D, F, E = 64, 24, 20, 8
+LAYOUTS = [(2, 1), (1, 2), (2, 4), (1, 8)]
+
+
+def make_layer(top_k, *, num_experts=E, **options):
+    return moejax.MoE(D, F, num_experts, top_k=top_k, balance_weight=0.3, z_weight=0.1, rngs=nnx.Rngs(1), **options)
+
+
+def layer_value_and_grads(layer, x, dy, mask=None, mesh=None):
+    """y, aux loss, stats, and gradients of sum(y * dy) + aux by x and every parameter."""
+    graphdef, params = nnx.split(layer)
+
+    @jax.jit
+    def run(params, x):
+        def scalar(params, x):
+            y, stats = nnx.merge(graphdef, params)(x, token_mask=mask)
+            return jnp.sum(y * dy) + stats.aux_loss, (y, stats)
+
+        return jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True)(params, x)
+
+    if mesh is None:
+        (_, (y, stats)), (grads, dx) = run(params, x)
+    else:
+        with jax.set_mesh(mesh):
+            params = jax.device_put(params, moejax.mesh.state_shardings(params, mesh))
+            (_, (y, stats)), (grads, dx) = run(params, jax.device_put(x, moejax.mesh.token_sharding(mesh)))
+    return y, stats, nnx.to_pure_dict(grads), dx
+
+
+def oracle_value_and_grads(layer, x, dy, mask=None):
+    def scalar(w_router, w_in, w_out, x):
+        y, balance, z = oracle.moe(
+            x,
+            w_router,
+            w_in,
+            w_out,
+            top_k=layer.router.top_k,
+            normalize=layer.router.normalize,
+            activation=layer.experts.activation,
+            mask_T=mask,
+        )
+        return jnp.sum(y * dy) + layer.balance_weight * balance + layer.z_weight * z, (y, balance, z)
+
+    weights = (layer.router.w_DE[...], layer.experts.w_in[...], layer.experts.w_out[...])
+    return jax.value_and_grad(scalar, argnums=(0, 1, 2, 3), has_aux=True)(*weights, x)
+
+
+def assert_equals_oracle(layer, x, dy, mask=None, mesh=None, tol=tolerance.F32):
+    y, stats, grads, dx = layer_value_and_grads(layer, x, dy, mask, mesh)
+    (_, (y_ref, balance, z)), expected = oracle_value_and_grads(layer, x, dy, mask)
+    tolerance.assert_close(y, y_ref, tol, "y")
+    tolerance.assert_close(stats.balance_loss, balance, tol, "balance loss")
+    tolerance.assert_close(stats.z_loss, z, tol, "z loss")
+    actual = (grads["router"]["w_DE"], grads["experts"]["w_in"], grads["experts"]["w_out"], dx)
+    for name, a, b in zip(("router", "w_in", "w_out", "x"), actual, expected, strict=True):
+        tolerance.assert_close(a, b, tol, f"gradient of {name}")
+    valid = T if mask is None else int(mask.sum())
+    assert int(stats.load_E.sum()) == valid * layer.router.top_k
+    assert int(stats.dropped) == int(stats.invalid) == 0
+    return stats
+
+
+def draw(skew=0.0, seed=0):
+    x_key, dy_key, skew_key = jax.random.split(jax.random.key(seed), 3)
+    x = jax.random.normal(x_key, (T, D)) + skew * jax.random.normal(skew_key, (1, D))
+    return x, jax.random.normal(dy_key, (T, D))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_equals_oracle_on_every_layout(layout):
+    data, expert = layout
+    mesh = moejax.make_mesh(data=data, expert=expert, devices=jax.devices()[: data * expert])
+    assert_equals_oracle(make_layer(2), *draw(), mesh=mesh)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"top_k": 1}, {"top_k": 3}, {"top_k": 8, "normalize": False}, {"top_k": 2, "experts": "gelu"}],
+    ids=str,
+)
+def test_equals_oracle_without_mesh(options):
+    assert_equals_oracle(make_layer(**options), *draw())
+
+
+def test_weights_of_one_choice_are_not_normalised():
+    # p / p = 1 would leave the router without a gradient from the model's loss.
+    layer = make_layer(1)
+    assert layer.router.normalize is False
+    _, _, grads, _ = layer_value_and_grads(layer, *draw())
+    assert float(jnp.abs(grads["router"]["w_DE"]).max()) > 0.1
+
+
+@pytest.mark.parametrize("mesh_size", [None, 4])
+def test_one_expert_takes_all_and_others_are_empty(mesh_size):
+    layer = make_layer(1)
+    x, dy = draw()
+    x = jnp.abs(x)
+    layer.router.w_DE[...] = layer.router.w_DE[...].at[:, 5].set(1.0)
+    mesh = mesh_size and moejax.make_mesh(expert=mesh_size, devices=jax.devices()[:mesh_size])
+    stats = assert_equals_oracle(layer, x, dy, mesh=mesh)
+    assert stats.load_E.tolist() == [0, 0, 0, 0, 0, T, 0, 0]
+
+
+@pytest.mark.parametrize("mesh_size", [None, 4])
+def test_skewed_load(mesh_size):
+    mesh = mesh_size and moejax.make_mesh(expert=mesh_size, devices=jax.devices()[:mesh_size])
+    stats = assert_equals_oracle(make_layer(2), *draw(skew=6.0), mesh=mesh)
+    assert int(stats.load_E.max()) > 0.9 * T, "the case is meant to be unbalanced"
+
+
+@pytest.mark.parametrize("mesh_size", [None, 8])
+def test_masked_tokens_go_nowhere_even_if_nan(mesh_size):
+    x, dy = draw()
+    mask = jnp.arange(T) % 3 != 1
+    mesh = mesh_size and moejax.make_mesh(expert=mesh_size, devices=jax.devices()[:mesh_size])
+    assert_equals_oracle(make_layer(2), x, dy, mask=mask, mesh=mesh)
+    y, stats = make_layer(2)(x, token_mask=jnp.zeros(T, bool))
+    assert not np.any(y) and float(stats.aux_loss) == 0 and not np.any(stats.load_E)
+
+
+def test_three_devices_and_odd_sizes():
+    mesh = moejax.make_mesh(expert=3, devices=jax.devices()[:3])
+    layer = make_layer(3, num_experts=9)
+    x, dy = draw()
+    rows = T - 1  # 63 = 3 * 21
+    y, stats, grads, dx = layer_value_and_grads(layer, x[:rows], dy[:rows], mesh=mesh)
+    (_, (y_ref, *_)), expected = oracle_value_and_grads(layer, x[:rows], dy[:rows])
+    tolerance.assert_close(y, y_ref, tolerance.F32)
+    tolerance.assert_close(grads["experts"]["w_in"], expected[1], tolerance.F32)
+    assert int(stats.load_E.sum()) == rows * 3
+
+
+def test_float64_is_exact_to_f64():
+    with jax.enable_x64(True):
+        layer = make_layer(2, dtype=jnp.float64)
+        state = jax.tree.map(lambda p: p.astype(jnp.float64), nnx.state(layer))
+        nnx.update(layer, state)
+        x, dy = (a.astype(jnp.float64) for a in draw())
+        # The router itself computes in f32, so it is given to both sides.
+        ids, weights = moejax.functional.route(x @ layer.router.w_DE[...], 2)
+        weights = weights.astype(jnp.float64)
+
+        graphdef, params = nnx.split(layer.experts)
+
+        def ours(x, w_in, w_out):
+            nnx.replace_by_pure_dict(params, {"w_in": w_in, "w_out": w_out})
+            return moejax.functional.moe(x, ids, weights, nnx.merge(graphdef, params), num_experts=E)
+
+        def dense(x, w_in, w_out):
+            scale_TE = jnp.sum(jax.nn.one_hot(ids, E) * weights[:, :, None], axis=1)
+            return sum(scale_TE[:, e, None] * oracle.ffn(x, w_in[e], w_out[e]) for e in range(E))
+
+        args = (x, layer.experts.w_in[...], layer.experts.w_out[...])
+        y, vjp = jax.vjp(ours, *args)
+        y_ref, vjp_ref = jax.vjp(dense, *args)
+        tolerance.assert_close(y, y_ref, tolerance.F64)
+        for a, b in zip(vjp(dy), vjp_ref(dy), strict=True):
+            tolerance.assert_close(a, b, tolerance.F64)
+
+
+def test_bf16_is_as_good_as_xla_on_the_dense_oracle():
+    layer = make_layer(2, dtype=jnp.bfloat16)
+    x, _ = draw()
+    exact, *_ = oracle.moe(x, layer.router.w_DE[...], layer.experts.w_in[...], layer.experts.w_out[...], top_k=2)
+    y, _ = layer(x)
+    tolerance.assert_close(y, exact, tolerance.BF16)
+
+
+def test_same_bits_every_time():
+    mesh = moejax.make_mesh(data=2, expert=4)
+    runs = [layer_value_and_grads(make_layer(2), *draw(), mesh=mesh) for _ in range(3)]
+    for run in runs[1:]:
+        jax.tree.map(np.testing.assert_array_equal, run, runs[0])
+
+
+def test_out_of_range_choices_are_counted_and_go_nowhere():
+    class Wild(moejax.TopK):
+        def __call__(self, x_TD, **arguments):
+            routing = super().__call__(x_TD, **arguments)
+            ids = routing.ids_TK.at[0, 0].set(99).at[1, 1].set(-7).at[2, 0].set(-1)
+            return moejax.Routing(ids, *[getattr(routing, f) for f in ("weights_TK", "logits_TE", "scores_TE", "valid_T")])
+
+    _, stats = make_layer(2, router=Wild(D, E, rngs=nnx.Rngs(0)))(draw()[0])
+    assert int(stats.invalid) == 2 and int(stats.load_E.sum()) == 2 * T - 3
+
+
+def test_expert_init_has_the_fan_in_of_one_expert():
+    wide = moejax.Experts(64, 128, 256, rngs=nnx.Rngs(0))
+    assert float(jnp.std(wide.w_in[...])) == pytest.approx(128**-0.5, rel=0.02)
+    assert float(jnp.std(wide.w_out[...])) == pytest.approx(256**-0.5, rel=0.02)
+    dense = moejax.FeedForward(128, 256, rngs=nnx.Rngs(0))
+    assert float(jnp.std(dense.w_in[...])) == pytest.approx(float(jnp.std(wide.w_in[...])), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_k": 9}, r"top_k = 9: must be between 1 and num_experts \(8\)"),
+        ({"top_k": 0}, "top_k = 0"),
+        ({"top_k": 1, "router": "nope"}, "router = 'nope': must be one of"),
+        ({"top_k": 1, "exchange": "nope"}, "exchange = 'nope': must be one of"),
+    ],
+)
+def test_bad_arguments_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_layer(**options)
+
+
+def test_experts_that_the_mesh_does_not_divide_are_refused():
+    with (
+        jax.set_mesh(moejax.make_mesh(expert=8)),
+        pytest.raises(ValueError, match=r"num_experts = 12: must be a multiple of mesh axis 'expert' \(8\)"),
+    ):
+        make_layer(1, num_experts=12)(draw()[0])
