@@ -22,7 +22,7 @@ class Corpus:
     Attributes:
       train: `train.num_tokens`, `train.num_documents` tell its size.
       validation: disjoint from it, unless the config names the same file twice.
-      content_hash: sha256 (hex) of the content before tokens; of a text file, what `sha256sum` prints.
+      content_hash: sha256 of what the files hold, in hex; of a single text file, what `sha256sum` prints.
       ignored_files: files below the named folders that are of no known kind.
     """
 

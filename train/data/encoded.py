@@ -61,11 +61,10 @@ class Encoded:
 
 
 def _choose(lengths_D: np.ndarray, fraction: float) -> np.ndarray:
-    """Numbers of documents, in an order fixed by a hash of the number, until they hold the share of all
-    tokens.
+    """Numbers of documents, in the order of a fixed hash of the number, until they hold the share of tokens.
 
-    Documents longer than the share stay in training; where all are, the shortest is held out. One always
-    stays.
+    Documents longer than the share stay in training; where all are, the shortest is held out. At least one
+    document stays in training.
     """
     share = fraction * lengths_D.sum()
     order = np.argsort(mix64(np.arange(len(lengths_D), dtype=np.uint64)), kind="stable")

@@ -23,8 +23,9 @@ _END_TOKENS = (
     "[EOS]",
     "<\uff5cend\u2581of\u2581sentence\uff5c>",
 )
-# A character has at most four bytes, hence at most four ids; what is incomplete after more stays so.
-_MOST_HELD_BACK = 8
+# A character has at most four bytes, hence at most four ids: what is not whole after many more is noise,
+# and is let out so that an endless run of it costs no more per id.
+_MOST_HELD_BACK = 32
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -49,8 +50,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer.no_padding()
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         self.num_ids = max(ids.values(), default=-1) + 1
-        candidates = (end_token,) if end_token is not None else _END_TOKENS
-        self.end_token = next((token for token in candidates if token in ids), None)
+        self.end_token = next((token for token in (end_token, *_END_TOKENS) if token in ids), None)
         self.separator = ids[self.end_token] if self.end_token is not None else self.num_ids
         self.vocab_size = max(self.num_ids, self.separator + 1)
 
@@ -76,10 +76,15 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids, special tokens other than the separator spelled out."""
-        known = [int(token) for token in ids if int(token) != self.separator]
-        if all(0 <= token < self.num_ids for token in known):
-            return self._tokenizer.decode(known, skip_special_tokens=False)
-        return super().decode(known)
+        text, run = "", []
+        for token in map(int, [*ids, self.separator]):
+            if 0 <= token < self.num_ids and token != self.separator:
+                run.append(token)
+            else:
+                text += self._tokenizer.decode(run, skip_special_tokens=False)
+                text += "" if token == self.separator else "\ufffd"
+                run = []
+        return text
 
     def decoder(self) -> StreamDecoder:
         """Holds back ids until their text can no longer change."""

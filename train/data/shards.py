@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,8 @@ def _map_npy(field: str, path: Path) -> np.ndarray:
 
 def _map_bin(field: str, path: Path, tokenizer: Tokenizer) -> np.ndarray:
     dtype = np.dtype("<u4" if tokenizer.vocab_size > 65535 else "<u2")
+    if not os.access(path, os.R_OK):
+        raise ConfigError(field, path, "cannot be read: no permission")
     size = path.stat().st_size
     if size % dtype.itemsize:
         rule = (

@@ -107,7 +107,9 @@ def read_documents(files: Files, text_field: str) -> Iterator[Document]:
             else:
                 yield from _read_parquet(files.field, path, text_field)
         except OSError as error:
-            raise ConfigError(files.field, path, f"cannot be read: {error.strerror or error}") from error
+            raise ConfigError(
+                files.field, path, f"cannot be read: {error.strerror or str(error).splitlines()[0]}"
+            ) from error
 
 
 def _kind(file: Path) -> str | None:
