@@ -10,11 +10,20 @@ from train.data.packing import TokenStream
 
 
 def stream_of(documents: list[list[int]], arrays: int = 1) -> TokenStream:
-    """A stream over given documents (separators are ordinary tokens), its backing cut into some arrays."""
-    lengths = np.array([len(document) for document in documents], np.int64)
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    backing = np.concatenate([np.array(document, np.uint16) for document in documents])
-    return TokenStream(tuple(np.array_split(backing, arrays)), starts, starts[:-1])
+    """A stream over given documents; separators are ordinary tokens here.
+
+    Its backing, cut into some arrays, has the documents backwards and a foreign token before each.
+    """
+    backing: list[int] = []
+    origins = []
+    for document in reversed(documents):
+        backing.append(999)
+        origins.append(len(backing))
+        backing += document
+    starts = np.cumsum([0, *(len(document) for document in documents)])
+    return TokenStream(
+        tuple(np.array_split(np.array(backing, np.uint16), arrays)), starts, np.array(origins[::-1])
+    )
 
 
 def predictions(documents: list[list[int]]) -> list[tuple[int, int, int, int]]:

@@ -35,8 +35,8 @@ def split_at(ids, separator):
 
 
 def write_parquet(path, columns):
-    import pyarrow
-    import pyarrow.parquet
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
 
     pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=7)
 

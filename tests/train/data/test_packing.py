@@ -30,6 +30,18 @@ def test_windows_equal_the_naive_restatement(documents, sequence_length, arrays,
             assert result[name].dtype == np.int32
 
 
+@pytest.mark.parametrize("documents", [[[1, 2], [3, 4], [5]], [[1], [2]], [[1], [2], [3]], [[1, 2, 3]]])
+def test_every_window_of_small_streams(documents):
+    """Above all those that go round the ring, also where the last document is only ever a target."""
+    stream = naive.stream_of(documents)
+    ring = stream.num_predictions
+    for first in range(2 * ring):
+        for count in range(ring + 1):
+            result = cut_windows(stream, np.array([first]), np.array([count]), ring)
+            expected = naive.window(documents, first, count, ring)
+            assert {name: value[0].tolist() for name, value in result.items()} == expected, (first, count)
+
+
 def test_borders_by_hand():
     """Two documents with separator 9 between them: it ends the first, and the second is predicted from it."""
     stream = naive.stream_of([[1, 2, 9], [3, 4]])
