@@ -1,0 +1,241 @@
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from train.config import DataConfig
+from train.data import build_tokenizer, load_corpus, load_tokenizer
+from train.data.documents import Document
+from train.data.tokenizer import ByteTokenizer, CharTokenizer
+from train.errors import ConfigError
+
+TEXT = "def f(x):\n    return 'naïve 漢字 🙂'\n"
+
+
+def byte_level(special=("<|endoftext|>",)):
+    """A real byte-level BPE, small enough that most characters take several ids."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=280,
+        special_tokens=list(special),
+        show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(["the the return self def " * 20], trainer)
+    return tokenizer
+
+
+@pytest.fixture
+def make(tmp_path):
+    """A tokenizer of each kind, built from a config."""
+
+    def make_one(kind):
+        if kind == "char":
+            (tmp_path / "corpus.txt").write_text(TEXT, newline="")
+            return build_tokenizer(DataConfig(path=str(tmp_path / "corpus.txt"), tokenizer="char"))
+        if kind == "huggingface":
+            byte_level().save(str(tmp_path / "bpe.json"))
+            return build_tokenizer(DataConfig(tokenizer=str(tmp_path / "bpe.json")))
+        return build_tokenizer(DataConfig(tokenizer=kind))
+
+    return make_one
+
+
+KINDS = ("bytes", "char", "huggingface")
+
+
+def streamed(tokenizer, ids):
+    decoder = tokenizer.decoder()
+    return "".join([decoder.push(int(token)) for token in ids]) + decoder.finish()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+class TestEveryTokenizer:
+    def test_round_trip(self, make, kind):
+        tokenizer = make(kind)
+        ids = tokenizer.encode(TEXT)
+        assert ids.dtype == np.int32
+        assert ids.min() >= 0
+        assert ids.max() < tokenizer.vocab_size
+        assert tokenizer.separator not in ids
+        assert 0 <= tokenizer.separator < tokenizer.vocab_size
+        assert tokenizer.decode(ids) == TEXT
+        assert streamed(tokenizer, ids) == TEXT
+        assert len(tokenizer.encode("")) == 0
+        assert tokenizer.decode([]) == ""
+
+    def test_documents_are_encoded_as_text_is(self, make, kind):
+        tokenizer = make(kind)
+        documents = [Document("data.path", "a", text.encode()) for text in (TEXT, "def", TEXT[:3])]
+        for document, ids in zip(documents, tokenizer.encode_documents(documents), strict=True):
+            assert ids.tolist() == tokenizer.encode(document.text()).tolist()
+
+    def test_stream_gives_whole_characters_as_soon_as_they_are_certain(self, make, kind):
+        tokenizer = make(kind)
+        decoder, seen = tokenizer.decoder(), ""
+        for token in tokenizer.encode(TEXT):
+            seen += decoder.push(int(token))
+            assert TEXT.startswith(seen)
+            assert "\ufffd" not in seen
+        assert seen == TEXT
+
+    def test_separator_and_unknown_ids(self, make, kind):
+        tokenizer = make(kind)
+        ids = [
+            *tokenizer.encode("def"),
+            tokenizer.separator,
+            *tokenizer.encode("f"),
+            tokenizer.vocab_size + 5,
+        ]
+        assert tokenizer.decode(ids) == "deff\ufffd"
+        assert streamed(tokenizer, ids) == "deff\ufffd"
+
+    def test_saved_alone_it_is_the_same(self, make, kind, tmp_path):
+        tokenizer = make(kind)
+        run = tmp_path / "run"
+        run.mkdir()
+        tokenizer.save(run)
+        for file in tmp_path.glob("*.*"):
+            file.unlink()
+        for again in (
+            load_tokenizer(run),
+            build_tokenizer(DataConfig(tokenizer=str(run))),
+            build_tokenizer(DataConfig(tokenizer=str(run / "tokenizer.json"))),
+        ):
+            assert (again.vocab_size, again.separator) == (tokenizer.vocab_size, tokenizer.separator)
+            assert again.encode(TEXT).tolist() == tokenizer.encode(TEXT).tolist()
+            assert again.decode(again.encode(TEXT)) == TEXT
+
+
+@given(st.binary(max_size=30))
+def test_bytes_decode_anything_as_python_does(raw):
+    tokenizer = ByteTokenizer()
+    assert tokenizer.decode(list(raw)) == raw.decode("utf-8", "replace") == streamed(tokenizer, raw)
+
+
+def test_bytes_do_not_join_across_a_separator():
+    e_acute = "é".encode()
+    assert ByteTokenizer().decode([e_acute[0], 256, e_acute[1]]) == "\ufffd\ufffd"
+
+
+def test_bytes_from_a_command_line_come_out_as_they_were():
+    assert ByteTokenizer().encode(b"a\xff".decode("utf-8", "surrogateescape")).tolist() == [97, 255]
+
+
+def test_char_vocabulary_is_the_sorted_characters_of_all_data(tmp_path):
+    (tmp_path / "a.txt").write_text("hello")
+    (tmp_path / "b.txt").write_text("world")
+    config = DataConfig(
+        path=str(tmp_path / "a.txt"),
+        validation_path=str(tmp_path / "b.txt"),
+        tokenizer="char",
+        sequence_length=2,
+    )
+    tokenizer = build_tokenizer(config)
+    assert tokenizer.characters == "dehlorw"
+    assert (tokenizer.vocab_size, tokenizer.separator) == (8, 7)
+    assert load_corpus(config, tokenizer).validation.tokens().tolist() == tokenizer.encode("world").tolist()
+
+
+@pytest.mark.parametrize(
+    "text, name", [("abé", "'é' .U.00E9. at place 2"), ("\0", "U.0000"), ("a\U0001f642", "1F642")]
+)
+def test_char_names_an_unknown_character(text, name):
+    with pytest.raises(ConfigError, match=rf"data.tokenizer = char: character .*{name}.*2 characters"):
+        CharTokenizer("ab").encode(text)
+
+
+@pytest.mark.parametrize(
+    "special, config, separator",
+    [
+        (("<x>", "<|endoftext|>"), None, 1),
+        (("<x>", "</s>"), None, 1),
+        (("<x>", "</s>"), {"eos_token": "<x>"}, 0),
+        (("<x>", "</s>"), {"eos_token": {"content": "<x>", "lstrip": False}}, 0),
+        (("<x>", "</s>"), {"eos_token": None}, 1),
+        (("<x>",), None, None),
+        (("<x>",), {"eos_token": "<not there>"}, None),
+    ],
+)
+def test_huggingface_separator(tmp_path, special, config, separator):
+    """The token the config names, else a well-known one, else an id of its own; saving keeps it."""
+    original = byte_level(special)
+    original.save(str(tmp_path / "tokenizer.json"))
+    if config is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = build_tokenizer(DataConfig(tokenizer=str(tmp_path)))
+    size = original.get_vocab_size()
+    assert tokenizer.separator == (size if separator is None else separator)
+    assert tokenizer.vocab_size == size + (separator is None)
+    run = tmp_path / "run"
+    run.mkdir()
+    tokenizer.save(run)
+    assert load_tokenizer(run).separator == tokenizer.separator
+    assert load_tokenizer(run).vocab_size == tokenizer.vocab_size
+
+
+def test_huggingface_settings_of_a_server_do_not_cut_the_text(tmp_path):
+    original = byte_level()
+    expected = original.encode(TEXT).ids
+    original.enable_truncation(3)
+    original.enable_padding(length=500)
+    original.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    original.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = build_tokenizer(DataConfig(tokenizer=str(tmp_path / "tokenizer.json")))
+    assert tokenizer.encode(TEXT).tolist() == expected
+    document = Document("data.path", "a", TEXT.encode())
+    assert tokenizer.encode_documents([document])[0].tolist() == expected
+
+
+def test_huggingface_stream_goes_on_after_noise(make):
+    """Bytes that never become a character are let out in the end, and what follows is whole."""
+    tokenizer = make("huggingface")
+    lead_byte = tokenizer.encode("🙂")[0]
+    text = streamed(tokenizer, [lead_byte] * 100 + list(tokenizer.encode("def 漢")))
+    assert text.endswith("def 漢")
+    assert set(text[: -len("def 漢")]) == {"\ufffd"}
+
+
+@pytest.mark.parametrize(
+    "name, rule",
+    [
+        ("byte", "must be `bytes`, `char`, or the path .* did you mean `bytes`"),
+        ("characters", "did you mean `char`"),
+        ("gpt2", "must be `bytes`, `char`, or the path of a tokenizer.json$"),
+        ("no/such/tokenizer.json", "no such file"),
+    ],
+)
+def test_unknown_tokenizers(name, rule):
+    with pytest.raises(ConfigError, match=rf"^data.tokenizer = {name}: .*{rule}"):
+        build_tokenizer(DataConfig(tokenizer=name))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"[1]", b"not json", b'{"model": 3}', b"\xff", b'{"moejax_tokenizer": "char"}']
+)
+def test_a_file_that_is_no_tokenizer(tmp_path, content):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"^data.tokenizer = .*is not a tokenizer.json") as info:
+        build_tokenizer(DataConfig(tokenizer=str(path)))
+    assert "\n" not in str(info.value)
+
+
+def test_a_directory_without_tokenizer(tmp_path):
+    with pytest.raises(ConfigError, match=r"has no tokenizer.json"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(ConfigError, match=r"data.tokenizer = .*no such file"):
+        build_tokenizer(DataConfig(tokenizer=str(tmp_path)))
+
+
+def test_char_over_tokens_is_refused(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(10))
+    with pytest.raises(ConfigError, match=r"^data.tokenizer = char: needs text"):
+        build_tokenizer(DataConfig(path=str(tmp_path / "a.npy"), tokenizer="char"))

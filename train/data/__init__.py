@@ -1,0 +1,20 @@
+"""From files to batches: sources, tokenizers, packing and the resumable order of training windows."""
+
+from train.data.batches import TrainingBatches, training_batches, validation_batches
+from train.data.corpus import Corpus, load_corpus
+from train.data.packing import TokenStream
+from train.data.tokenizer import StreamDecoder, Tokenizer
+from train.data.tokenizer_files import build_tokenizer, load_tokenizer
+
+__all__ = [
+    "Corpus",
+    "StreamDecoder",
+    "TokenStream",
+    "Tokenizer",
+    "TrainingBatches",
+    "build_tokenizer",
+    "load_corpus",
+    "load_tokenizer",
+    "training_batches",
+    "validation_batches",
+]

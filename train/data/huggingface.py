@@ -1,0 +1,130 @@
+"""Tokenizers in the Hugging Face `tokenizer.json` format, through the library `tokenizers`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+from train.data.documents import Document
+from train.data.tokenizer import TOKENIZER_FILE, StreamDecoder, Tokenizer
+
+CONFIG_FILE = "tokenizer_config.json"
+# End-of-text tokens of the tokenizers in use, looked for where no tokenizer_config.json names one.
+_END_TOKENS = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<|eos|>",
+    "[EOS]",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+)
+# A character has at most four bytes, hence at most four ids: what is not whole after many more is noise,
+# and is let out so that an endless run of it costs no more per id.
+_MOST_HELD_BACK = 32
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A `tokenizer.json`; the separator is its end-of-text token, or else one id after its last."""
+
+    def __init__(self, content: str, end_token: str | None = None):
+        """Builds the tokenizer.
+
+        Args:
+          content: the text of a `tokenizer.json`.
+          end_token: the end-of-text token, where known.
+
+        Raises:
+          ValueError: the content is not a tokenizer.
+        """
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(content)
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(str(error)) from error
+        # What a serving set-up left in the file must not cut or fill the training text.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.num_ids = max(ids.values(), default=-1) + 1
+        self.end_token = next((token for token in (end_token, *_END_TOKENS) if token in ids), None)
+        self.separator = ids[self.end_token] if self.end_token is not None else self.num_ids
+        self.vocab_size = max(self.num_ids, self.separator + 1)
+
+    @classmethod
+    def from_file(cls, path: Path) -> HuggingFaceTokenizer:
+        """Reads a `tokenizer.json` and, where one stands beside it, the end-of-text token of its config."""
+        end_token = None
+        config = path.with_name(CONFIG_FILE)
+        if config.is_file():
+            end_token = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+            end_token = end_token.get("content") if isinstance(end_token, dict) else end_token
+        return cls(path.read_text(encoding="utf-8"), end_token)
+
+    def encode(self, text: str) -> np.ndarray:
+        """[tokens] int32, without the special tokens a post-processor would add."""
+        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode_documents(self, documents: Sequence[Document]) -> list[np.ndarray]:
+        """All documents at once, on all cores."""
+        texts = [document.text() for document in documents]
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids, special tokens other than the separator spelled out."""
+        text, run = "", []
+        for token in map(int, [*ids, self.separator]):
+            if 0 <= token < self.num_ids and token != self.separator:
+                run.append(token)
+            else:
+                text += self._tokenizer.decode(run, skip_special_tokens=False)
+                text += "" if token == self.separator else "\ufffd"
+                run = []
+        return text
+
+    def decoder(self) -> StreamDecoder:
+        """Holds back ids until their text can no longer change."""
+        return _HuggingFaceDecoder(self)
+
+    def save(self, directory: str | Path) -> None:
+        """Writes `tokenizer.json` and `tokenizer_config.json`, as other tools read them."""
+        Path(directory, TOKENIZER_FILE).write_text(self._tokenizer.to_str(), encoding="utf-8")
+        config = json.dumps({"eos_token": self.end_token})
+        Path(directory, CONFIG_FILE).write_text(config, encoding="utf-8")
+
+
+class _HuggingFaceDecoder(StreamDecoder):
+    """The text of an id may depend on those before it (leading spaces, bytes of one character).
+
+    So the last ids whose text is out are decoded together with the new ones, and the difference is new text.
+    """
+
+    def __init__(self, tokenizer: HuggingFaceTokenizer):
+        self._tokenizer = tokenizer
+        self._done: list[int] = []
+        self._held: list[int] = []
+
+    def push(self, token: int) -> str:
+        if token == self._tokenizer.separator:
+            return self.finish()
+        if not 0 <= token < self._tokenizer.num_ids:
+            return self.finish() + "\ufffd"
+        self._held.append(token)
+        text = self._new_text()
+        if text.endswith("\ufffd") and len(self._held) < _MOST_HELD_BACK:
+            return ""
+        self._done, self._held = self._held, []
+        return text
+
+    def finish(self) -> str:
+        text = self._new_text() if self._held else ""
+        self._done, self._held = [], []
+        return text
+
+    def _new_text(self) -> str:
+        before = self._tokenizer.decode(self._done)
+        return self._tokenizer.decode(self._done + self._held)[len(before) :]

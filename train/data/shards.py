@@ -1,0 +1,88 @@
+"""Token shards, `.npy` and `.bin`: mapped into memory, read through once for borders, never loaded whole."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from train.data.encoded import Encoded
+from train.data.sources import Files
+from train.data.tokenizer import Tokenizer
+from train.errors import ConfigError
+
+_CHUNK = 1 << 22
+
+
+def map_shards(files: Files, tokenizer: Tokenizer, digest: Any) -> Encoded:
+    """Maps the shards; a document ends with each separator and with each file.
+
+    A `.bin` is little-endian uint16, or uint32 where the tokenizer's vocabulary exceeds 65,535.
+
+    Args:
+      files: of kind `npy` or `bin`.
+      tokenizer: whose ids these are.
+      digest: a hashlib object, updated with the tokens' bytes.
+
+    Raises:
+      ConfigError: an unsound file, or an id outside the vocabulary, with its offset.
+    """
+    arrays, ends, begin = [], [], 0
+    for path in files.paths:
+        array = _map_npy(files.field, path) if files.kind == "npy" else _map_bin(files.field, path, tokenizer)
+        ends.append(begin + _document_ends(files.field, path, array, tokenizer, digest))
+        arrays.append(array)
+        begin += len(array)
+    ends_D = np.concatenate(ends) if ends else np.zeros(0, np.int64)
+    origins_D = np.concatenate([[0], ends_D[:-1]]).astype(np.int64) if len(ends_D) else ends_D
+    return Encoded(tuple(arrays), origins_D, ends_D - origins_D, separators_added=False)
+
+
+def _map_npy(field: str, path: Path) -> np.ndarray:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ConfigError(field, path, f"is not a sound .npy file: {str(error).splitlines()[0]}") from error
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        rule = f"must be a one-dimensional array of integers, is {array.dtype} of shape {array.shape}"
+        raise ConfigError(field, path, rule)
+    return array
+
+
+def _map_bin(field: str, path: Path, tokenizer: Tokenizer) -> np.ndarray:
+    dtype = np.dtype("<u4" if tokenizer.vocab_size > 65535 else "<u2")
+    if not os.access(path, os.R_OK):
+        raise ConfigError(field, path, "cannot be read: no permission")
+    size = path.stat().st_size
+    if size % dtype.itemsize:
+        rule = (
+            f"has {size} bytes, no multiple of {dtype.itemsize} (it is read as {dtype.name}); save it as .npy"
+        )
+        raise ConfigError(field, path, rule)
+    if size == 0:
+        return np.zeros(0, dtype)
+    return np.memmap(path, dtype, mode="r")
+
+
+def _document_ends(
+    field: str, path: Path, array: np.ndarray, tokenizer: Tokenizer, digest: Any
+) -> np.ndarray:
+    """The places after each separator and the array's end, after a check of every id."""
+    ends = []
+    for begin in range(0, len(array), _CHUNK):
+        chunk = np.ascontiguousarray(array[begin : begin + _CHUNK])
+        digest.update(chunk.data)
+        if int(chunk.max()) >= tokenizer.vocab_size or int(chunk.min()) < 0:
+            offset = int(np.argmax((chunk >= tokenizer.vocab_size) | (chunk < 0)))
+            rule = (
+                f"id {chunk[offset]} at token {begin + offset} must be below the vocabulary of "
+                f"{tokenizer.vocab_size}; does data.tokenizer name the tokenizer that made it?"
+            )
+            raise ConfigError(field, path, rule)
+        ends.append(np.flatnonzero(chunk == tokenizer.separator) + begin + 1)
+    ends_D = np.concatenate(ends).astype(np.int64) if ends else np.zeros(0, np.int64)
+    if len(array) and (not len(ends_D) or ends_D[-1] != len(array)):
+        ends_D = np.append(ends_D, len(array))
+    return ends_D

@@ -1,0 +1,78 @@
+"""From the name in a config, or from a run directory, to a tokenizer."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+
+from train.config import DataConfig
+from train.data.huggingface import HuggingFaceTokenizer
+from train.data.sources import find_files, read_documents
+from train.data.tokenizer import KIND_KEY, TOKENIZER_FILE, ByteTokenizer, CharTokenizer, Tokenizer
+from train.errors import ConfigError
+
+_FIELD = "data.tokenizer"
+_NAMES = ("bytes", "char")
+
+
+def build_tokenizer(config: DataConfig) -> Tokenizer:
+    """The tokenizer that `config.tokenizer` names; `char` reads the corpus for its vocabulary.
+
+    Raises:
+      ConfigError: unknown name, missing or unsound file, or `char` over data that is tokens already.
+    """
+    name = config.tokenizer
+    if name == "bytes":
+        return ByteTokenizer()
+    if name == "char":
+        return _char_tokenizer(config)
+    path = Path(name).expanduser()
+    path = path / TOKENIZER_FILE if path.is_dir() else path
+    if path.is_file():
+        return _read(path, name)
+    if "/" in name or "\\" in name or path.suffix:
+        raise ConfigError(_FIELD, name, "no such file; `bytes`, `char`, or the path of a tokenizer.json")
+    near = difflib.get_close_matches(name.lower(), _NAMES, n=1, cutoff=0.4)
+    rule = "must be `bytes`, `char`, or the path of a tokenizer.json"
+    raise ConfigError(_FIELD, name, rule + (f"; did you mean `{near[0]}`?" if near else ""))
+
+
+def load_tokenizer(directory: str | Path) -> Tokenizer:
+    """The tokenizer that `Tokenizer.save` wrote into a run directory.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    path = Path(directory, TOKENIZER_FILE)
+    if not path.is_file():
+        raise ConfigError("workdir", directory, f"has no {TOKENIZER_FILE}; is it the directory of a run?")
+    return _read(path, str(path))
+
+
+def _char_tokenizer(config: DataConfig) -> CharTokenizer:
+    def documents():
+        for field, path in (("data.path", config.path), ("data.validation_path", config.validation_path)):
+            if field == "data.validation_path" and path is None:
+                continue
+            files = find_files(field, path)
+            if files.are_shards:
+                rule = "needs text, but the data is tokens already; name the tokenizer that made it"
+                raise ConfigError(_FIELD, "char", rule)
+            yield from read_documents(files, config.text_field)
+
+    return CharTokenizer.of(documents())
+
+
+def _read(path: Path, name: str) -> Tokenizer:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        kind = content.get(KIND_KEY)
+        if kind == "bytes":
+            return ByteTokenizer()
+        if kind == "char":
+            return CharTokenizer(content["characters"])
+        return HuggingFaceTokenizer.from_file(path)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(_FIELD, name, f"is not a tokenizer.json ({detail})") from error
