@@ -212,7 +212,8 @@ class Checkpoints:
     ) -> tuple[int, Any, dict[str, Any], dict[str, Any]] | None:
         """Read the newest sound checkpoint, bit by bit as it was saved.
 
-        A damaged or incomplete one is skipped with a warning that names its step and the bad file.
+        A save in progress is finished first. A damaged checkpoint is skipped with a warning that names its
+        step and the bad file.
 
         Args:
           abstract_state: tree of `jax.ShapeDtypeStruct` with shardings, which may be of another mesh than at
@@ -248,6 +249,7 @@ class Checkpoints:
 
     def _newest_sound(self, only: int | None) -> int | None:
         """The newest checkpoint whose files all have their hashes; all processes come to the same answer."""
+        self.wait()
         rejected: dict[int, str] = {}
         while True:
             untried = [step for step in self.steps() if step not in rejected and only in (None, step)]

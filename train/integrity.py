@@ -42,7 +42,9 @@ def find_fault(directory: Path, share: tuple[int, int] = (0, 1)) -> str | None:
         lines = (directory / MANIFEST).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         return f"{MANIFEST} cannot be read ({error.strerror})"
-    digests = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    digests = {line[66:]: line[:64] for line in lines}  # 64 hexadecimal digits, two spaces, the name
+    if "" in digests or not digests:
+        return f"{MANIFEST} is cut off"
     present = _files(directory)
     for name in sorted(digests.keys() - set(present)):
         return f"{name} is missing"
