@@ -257,14 +257,14 @@ class Checkpoints:
             if step < 0:
                 break
             path = self.directory / str(step)
-            fault = find_fault(path, (jax.process_index(), jax.process_count()))
-            if _all_processes(fault is None):
+            fault = _first_fault(find_fault(path, (jax.process_index(), jax.process_count())))
+            if fault is None:
                 return step
-            rejected[step] = fault or "another process found a damaged file"
+            rejected[step] = fault
             # A running training may have removed it while a reader looked.
             if path.is_dir():
                 self._damaged.add(step)
-                log.warning("checkpoint of step %d is damaged and skipped: %s", step, rejected[step])
+                log.warning("checkpoint of step %d is damaged and skipped: %s", step, fault)
         if rejected:
             faults = "; ".join(f"step {step}: {fault}" for step, fault in rejected.items())
             rule = f"none of its checkpoints is sound ({faults}); start over in another workdir"
@@ -304,8 +304,14 @@ def _from_primary(step: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(step)))
 
 
-def _all_processes(fine: bool) -> bool:
-    """Whether all processes say yes."""
+def _first_fault(fault: str | None) -> str | None:
+    """The fault that any process found, on all processes."""
     if jax.process_count() == 1:
-        return fine
-    return bool(np.all(multihost_utils.process_allgather(np.bool_(fine))))
+        return fault
+    text = np.zeros(200, np.uint8)
+    encoded = np.frombuffer((fault or "").encode()[: text.size], np.uint8)
+    text[: encoded.size] = encoded
+    for found in np.asarray(multihost_utils.process_allgather(text)):
+        if found.any():
+            return found.tobytes().rstrip(b"\0").decode(errors="replace")
+    return None

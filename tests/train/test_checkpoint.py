@@ -245,6 +245,18 @@ class TestDamage:
         with pytest.raises(ConfigError, match=r"none of its checkpoints is sound \(step 20: .*; step 10: "):
             checkpoints.restore(abstract(small_state(0)))
 
+    def test_removed_while_a_reader_looks(self, checkpoints, caplog, monkeypatch):
+        save_all(checkpoints, 10, 20)
+
+        def remove_first(directory, share):
+            if directory.name == "20":
+                shutil.rmtree(directory)
+            return find_fault(directory, share)
+
+        monkeypatch.setattr("train.checkpoint.find_fault", remove_first)
+        assert restored_step(checkpoints) == 10
+        assert not caplog.messages
+
     def test_leftovers_are_ignored_and_swept(self, checkpoints):
         save_all(checkpoints, 10)
         (checkpoints.directory / ".pending-20" / "state").mkdir(parents=True)

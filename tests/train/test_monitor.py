@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from train.config import LogConfig
-from train.errors import ConfigError, TrainingFailed
+from train.errors import ConfigError
 from train.lock import RunLock
 from train.metrics import Metrics, read
 from train.monitor import Monitor
