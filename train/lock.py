@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from train.errors import ConfigError
 
 
-class RunLock:
-    """Holds `<run>/.lock` until closed or until the process ends.
+@contextlib.contextmanager
+def lock_run(run_dir: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold `<run>/.lock` for the block; taken by process 0 of a run.
 
     Args:
       run_dir: an existing run directory.
@@ -20,34 +23,19 @@ class RunLock:
     Raises:
       ConfigError: another run holds the lock.
     """
-
-    def __init__(self, run_dir: str | os.PathLike[str]):
-        self._file = (Path(run_dir) / ".lock").open("a+")
+    with (Path(run_dir) / ".lock").open("a+") as file:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "another process"
-            self._file.close()
+            file.seek(0)
+            holder = file.read().strip() or "another process"
             raise ConfigError("workdir", run_dir, f"is in use by {holder}; wait for it or stop it") from None
         except OSError as error:
             # Some cluster file systems have no locks; training there must still be possible.
             if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-                self._file.close()
                 raise
             logging.getLogger("moejax").warning("%s cannot be locked: %s", run_dir, error.strerror)
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-        self._file.flush()
-
-    def __enter__(self) -> RunLock:
-        """Hold the lock for the block."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Release it."""
-        self.close()
-
-    def close(self) -> None:
-        """Release the lock."""
-        self._file.close()
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        file.flush()
+        yield

@@ -15,7 +15,7 @@ import pytest
 
 from train.config import LogConfig
 from train.errors import ConfigError
-from train.lock import RunLock
+from train.lock import lock_run
 from train.metrics import Metrics, read
 from train.monitor import Monitor
 from train.terminal import Pace, PlainTerminal, duration
@@ -252,18 +252,19 @@ class TestTerminal:
 class TestLock:
     def test_second_run_is_refused_until_the_first_ends(self, tmp_path):
         script = f"""
-from train.lock import RunLock
-lock = RunLock({str(tmp_path)!r})
-print("held", flush=True)
-input()
+from train.lock import lock_run
+with lock_run({str(tmp_path)!r}):
+    print("held", flush=True)
+    input()
 """
         env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
         with subprocess.Popen(
             [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
         ) as process:
             assert process.stdout.readline() == "held\n"
-            with pytest.raises(ConfigError, match=rf"workdir = .*in use by process {process.pid} on "):
-                RunLock(tmp_path)
+            refusal = rf"workdir = .*in use by process {process.pid} on "
+            with pytest.raises(ConfigError, match=refusal), lock_run(tmp_path):
+                pass
             process.kill()
-        with RunLock(tmp_path), pytest.raises(ConfigError):
-            RunLock(tmp_path)
+        with lock_run(tmp_path), pytest.raises(ConfigError), lock_run(tmp_path):
+            pass
