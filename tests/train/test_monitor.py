@@ -6,6 +6,7 @@ import math
 import os
 import pty
 import re
+import select
 import struct
 import subprocess
 import sys
@@ -230,7 +231,7 @@ class TestTerminal:
 
     def test_live_view_on_a_real_terminal(self, tmp_path, monkeypatch):
         monkeypatch.setenv("TERM", "xterm")
-        monkeypatch.setenv("COLUMNS", "120")
+        monkeypatch.setenv("COLUMNS", "200")
         controller, user = pty.openpty()
         with os.fdopen(user, "w") as stream:
             with make_monitor(tmp_path, stream) as monitor:
@@ -238,7 +239,10 @@ class TestTerminal:
                 monitor.train(10, {"loss": 2.5, "moe/max_vio": 0.25})
                 monitor.evaluation(10, 2.25)
                 monitor.train(20, {"loss": 2.0, "moe/max_vio": 0.5})
-            shown = os.read(controller, 100_000).decode()
+            shown = ""
+            while "\x1b[?25h" not in shown:  # the cursor is given back; a pty hands out what it has so far
+                assert select.select([controller], [], [], 10)[0], shown
+                shown += os.read(controller, 100_000).decode()
         os.close(controller)
         plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
         assert plain != shown
@@ -246,7 +250,6 @@ class TestTerminal:
         last = plain.splitlines()[-1]
         for part in ("20/30", "loss 2.0000", "balance 0.50", "eval 2.2500", "tokens/s", "ETA 0:0"):
             assert part in last, (part, last)
-        assert shown.rstrip().endswith("\x1b[?25h")  # the cursor is given back
 
 
 class TestLock:
