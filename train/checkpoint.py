@@ -1,0 +1,317 @@
+"""Checkpoints: written by Orbax in the background, hashed, committed by one rename, verified when read.
+
+checkpoints/
+  500/                 exists only when complete
+    state/             Orbax: the state's leaves by dotted name
+    record.json        step, data state, extra, shapes and dtypes of the leaves
+    manifest.sha256    a hash per file
+  .pending-1000/       being written, or left by a killed process; the next save sweeps it away
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp  # type: ignore[import-untyped]
+from jax.experimental import multihost_utils
+
+from train import leaves as lv
+from train.config import CheckpointConfig
+from train.errors import ConfigError, TrainingFailed
+from train.integrity import find_fault, sync_directory, write_durably, write_manifest
+
+log = logging.getLogger("moejax")
+
+BEST = "eval/loss"
+"""The entry of `extra` by which the best checkpoint is chosen: lowest is best."""
+
+_RECORD = "record.json"
+
+
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+    """Orbax talks at length through absl, also about errors that are raised here anyway."""
+    return "orbax" not in record.pathname
+
+
+logging.getLogger("absl").addFilter(_not_from_orbax)
+
+
+class Checkpoints:
+    """The checkpoints of one run. All processes call every method, in the same order.
+
+    Nothing is written before the first `save`, so that a reader may look at a running training.
+
+    Args:
+      directory: `<run>/checkpoints`, on a file system that all processes share.
+      config: how many are kept.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], config: CheckpointConfig):
+        self.directory = Path(directory).absolute()
+        self._config = config
+        self._primary = jax.process_index() == 0
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        self._finisher = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: tuple[int, Future[None]] | None = None
+        self._damaged: set[int] = set()
+        self._swept = False
+
+    def __enter__(self) -> Checkpoints:
+        """Close at the end of the block."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait for the save in progress."""
+        self.close()
+
+    # ---- saving ----
+
+    def save(self, step: int, state: Any, data_state: dict[str, Any], extra: dict[str, Any]) -> None:
+        """Begin to save; return when the state has been copied, so that its buffers may be donated.
+
+        A save still in progress is waited for first. A checkpoint of the same step is replaced; those of
+        later steps belong to a future that the run has left, and are removed when this one is complete.
+
+        Args:
+          step: finished optimizer steps.
+          state: tree of `jax.Array`, sharded in any way; every dtype, also typed random keys.
+          data_state: JSON; the same on all processes.
+          extra: small JSON; the same on all processes. `keep_best` goes by `extra["eval/loss"]`, if there.
+
+        Raises:
+          TrainingFailed: this or the previous save could not be written.
+        """
+        self.wait()
+        leaves = lv.named_leaves(state)
+        described = lv.description(leaves)
+        record = json.dumps(
+            {"step": step, "data_state": data_state, "extra": extra, "leaves": described}, indent=1
+        )
+        pending = self.directory / f".pending-{step}"
+        try:
+            if self._primary:
+                self._sweep()
+                pending.mkdir(parents=True)
+            # Orbax refuses arrays without elements; their shape and dtype say all about them.
+            arrays = {name: lv.stored(leaf) for name, leaf in leaves.items() if leaf.size}
+            self._checkpointer.save(pending / "state", args=ocp.args.PyTreeSave(arrays))
+        except Exception as error:
+            raise self._failure(step, error) from error
+        self._saving = step, self._finisher.submit(self._finish, step, pending, record)
+
+    def _finish(self, step: int, pending: Path, record: str) -> None:
+        """In the background: wait for Orbax, hash, commit by one rename, remove what is no longer kept."""
+        self._checkpointer.wait_until_finished()
+        if not self._primary:
+            return
+        write_durably(pending / _RECORD, record)
+        write_manifest(pending)
+        self._discard(step)
+        pending.rename(self.directory / str(step))
+        sync_directory(self.directory)
+        self._damaged.discard(step)
+        self._prune(step)
+
+    def _prune(self, newest: int) -> None:
+        """Keep the newest and the best of the sound ones up to `newest`."""
+        sound = [step for step in self.steps() if step <= newest and step not in self._damaged]
+        by_loss = sorted((loss, -step) for step in sound if (loss := self._loss(step)) is not None)
+        best = {-step for _, step in by_loss[: self._config.keep_best]}
+        keep = best.union(sound[-max(1, self._config.keep_last) :])
+        for step in self.steps():
+            if step not in keep:
+                self._discard(step)
+
+    def _discard(self, step: int) -> None:
+        """Remove a checkpoint; renamed first, so that a kill in between leaves no half of one."""
+        doomed = self.directory / f".discarded-{step}"
+        shutil.rmtree(doomed, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            (self.directory / str(step)).rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+    def _sweep(self) -> None:
+        """Remove what a killed or failed save left. Only the process that writes does this."""
+        if not self._swept and self.directory.is_dir():
+            for pattern in (".pending-*", ".discarded-*"):
+                for path in self.directory.glob(pattern):
+                    shutil.rmtree(path, ignore_errors=True)
+        self._swept = True
+
+    def _failure(self, step: int, error: Exception) -> TrainingFailed:
+        """What a failed save is reported as; its half-written files are removed to make room."""
+        self._swept = False
+        if self._primary:
+            self._sweep()
+        newest = self.latest_step()
+        left = "there is no earlier one" if newest is None else f"the newest one is that of step {newest}"
+        reason = " ".join(str(error).split())
+        return TrainingFailed(f"the checkpoint of step {step} could not be written: {reason}; {left}")
+
+    def wait(self) -> None:
+        """Finish the save in progress.
+
+        Raises:
+          TrainingFailed: it could not be written, for instance because the disk is full. Earlier
+            checkpoints are intact.
+        """
+        if self._saving is None:
+            return
+        step, done = self._saving
+        self._saving = None
+        try:
+            done.result()
+        except Exception as error:
+            raise self._failure(step, error) from error
+
+    def close(self) -> None:
+        """Finish the save in progress and end the threads. Raises like `wait`."""
+        try:
+            self.wait()
+        finally:
+            self._finisher.shutdown()
+            self._checkpointer.close()
+
+    # ---- looking ----
+
+    def steps(self) -> list[int]:
+        """Steps of all complete checkpoints, oldest first; some may have been damaged since."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
+
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint that is not known to be damaged. Only restoring verifies it."""
+        return max((step for step in self.steps() if step not in self._damaged), default=None)
+
+    def _record(self, step: int) -> dict[str, Any]:
+        return json.loads((self.directory / str(step) / _RECORD).read_text(encoding="utf-8"))
+
+    def _loss(self, step: int) -> float | None:
+        """Evaluation loss of a checkpoint; None when it has none that can be compared."""
+        try:
+            loss = self._record(step)["extra"].get(BEST)
+        except (OSError, ValueError):
+            return None
+        return loss if isinstance(loss, int | float) and math.isfinite(loss) else None
+
+    # ---- restoring ----
+
+    def restore(
+        self, abstract_state: Any, step: int | None = None
+    ) -> tuple[int, Any, dict[str, Any], dict[str, Any]] | None:
+        """Read the newest sound checkpoint, bit by bit as it was saved.
+
+        A save in progress is finished first. A damaged checkpoint is skipped with a warning that names its
+        step and the bad file.
+
+        Args:
+          abstract_state: tree of `jax.ShapeDtypeStruct` with shardings, which may be of another mesh than at
+            saving.
+          step: only this checkpoint.
+
+        Returns:
+          (step, state, data_state, extra), or None when there is no checkpoint at all.
+
+        Raises:
+          ConfigError: there are checkpoints but none is sound (starting over would overwrite what a hand
+            may still rescue); the state has other leaves, shapes or dtypes; there is none of `step`.
+        """
+        found = self._newest_sound(step)
+        if found is None:
+            return None
+        record = self._record(found)
+        state = self._read(found, record["leaves"], abstract_state, prefix="")
+        return found, state, record["data_state"], record["extra"]
+
+    def restore_params(
+        self, abstract_params: Any, step: int | None = None
+    ) -> tuple[int, Any, dict[str, Any]] | None:
+        """Read only `state.params`, without knowledge of the optimizer.
+
+        Returns (step, params, extra) or None; arguments and errors are those of `restore`.
+        """
+        found = self._newest_sound(step)
+        if found is None:
+            return None
+        record = self._record(found)
+        return found, self._read(found, record["leaves"], abstract_params, prefix="params."), record["extra"]
+
+    def _newest_sound(self, only: int | None) -> int | None:
+        """The newest checkpoint whose files all have their hashes; all processes come to the same answer."""
+        self.wait()
+        rejected: dict[int, str] = {}
+        while True:
+            untried = [step for step in self.steps() if step not in rejected and only in (None, step)]
+            step = _from_primary(max(untried, default=-1))
+            if step < 0:
+                break
+            path = self.directory / str(step)
+            fault = _first_fault(find_fault(path, (jax.process_index(), jax.process_count())))
+            if fault is None:
+                return step
+            rejected[step] = fault
+            # A running training may have removed it while a reader looked.
+            if path.is_dir():
+                self._damaged.add(step)
+                log.warning("checkpoint of step %d is damaged and skipped: %s", step, fault)
+        if rejected:
+            faults = "; ".join(f"step {step}: {fault}" for step, fault in rejected.items())
+            rule = f"none of its checkpoints is sound ({faults}); start over in another workdir"
+            raise ConfigError("workdir", self.directory.parent, rule)
+        if only is not None:
+            raise ConfigError("step", only, f"no such checkpoint; there are {self.steps()}")
+        return None
+
+    def _read(self, step: int, saved: dict[str, str], abstract: Any, prefix: str) -> Any:
+        """The leaves whose names begin with `prefix`, in the structure of `abstract`."""
+        wanted = {prefix + name: leaf for name, leaf in lv.named_leaves(abstract).items()}
+        there = {name: text for name, text in saved.items() if name.startswith(prefix)}
+        if unlike := lv.difference(there, lv.description(wanted)):
+            raise ConfigError("workdir", self.directory.parent, f"step {step} holds another state: {unlike}")
+        plain = {name: lv.stored_abstract(leaf) for name, leaf in wanted.items()}
+        present = {name: leaf for name, leaf in plain.items() if leaf.size}
+        args = ocp.args.PyTreeRestore(
+            present,
+            restore_args={
+                name: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+                for name, leaf in present.items()
+            },
+            partial_restore=True,
+        )
+        arrays = self._checkpointer.restore(self.directory / str(step) / "state", args=args)
+        for name, leaf in plain.items():
+            if name not in present:
+                arrays[name] = jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
+        restored = [lv.revived(leaf, arrays[name]) for name, leaf in wanted.items()]
+        return jax.tree.unflatten(jax.tree.structure(abstract), restored)
+
+
+def _from_primary(step: int) -> int:
+    """What process 0 says, on all processes."""
+    if jax.process_count() == 1:
+        return step
+    return int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+
+
+def _first_fault(fault: str | None) -> str | None:
+    """The fault that any process found, on all processes."""
+    if jax.process_count() == 1:
+        return fault
+    text = np.zeros(200, np.uint8)
+    encoded = np.frombuffer((fault or "").encode()[: text.size], np.uint8)
+    text[: encoded.size] = encoded
+    for found in np.asarray(multihost_utils.process_allgather(text)):
+        if found.any():
+            return found.tobytes().rstrip(b"\0").decode(errors="replace")
+    return None

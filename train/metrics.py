@@ -1,0 +1,76 @@
+"""`metrics.jsonl`: one JSON object per logged step, exact to the last bit, each step once."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+class Metrics:
+    """Appends records to a file of JSON lines; the operating system has each line when `append` returns.
+
+    Floats are written with `repr`, which reads back to the same bits. JSON has no NaN and no infinities: they
+    are the strings "NaN", "Infinity" and "-Infinity", which `float()` understands; `read` gives floats again.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self._file = _open(self.path)
+
+    def append(self, record: Mapping[str, int | float]) -> None:
+        """Write one line; values are Python, numpy or jax scalars."""
+        line = json.dumps({name: _portable(value) for name, value in record.items()}, allow_nan=False)
+        rest = memoryview(line.encode() + b"\n")
+        while rest:
+            rest = rest[self._file.write(rest) :]
+
+    def truncate_after(self, step: int) -> None:
+        """Keep the lines up to `step`, byte for byte, and drop later and half-written ones, in one rename."""
+        self._file.close()
+        kept = [line for line in self.path.read_bytes().splitlines(keepends=True) if _is_up_to(line, step)]
+        shorter = self.path.with_name(self.path.name + ".cut")
+        with shorter.open("wb") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        shorter.replace(self.path)
+        self._file = _open(self.path)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _open(path: Path) -> io.FileIO:
+    """Unbuffered: what a full disk did not take must not be tried again when the file is closed."""
+    return io.FileIO(path, "a")
+
+
+def read(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The records of a metrics file, with floats where it has "NaN", "Infinity" or "-Infinity"."""
+    with Path(path).open(encoding="utf-8") as file:
+        for line in file:
+            record = json.loads(line)
+            yield {name: float(value) if isinstance(value, str) else value for name, value in record.items()}
+
+
+def _portable(value: Any) -> int | float | str:
+    number = value.item() if hasattr(value, "item") else value
+    if isinstance(number, float) and not math.isfinite(number):
+        return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"
+    return number
+
+
+def _is_up_to(line: bytes, step: int) -> bool:
+    """Whether a line is whole and belongs to `step` or an earlier one."""
+    if not line.endswith(b"\n"):
+        return False
+    try:
+        return json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False

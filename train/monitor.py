@@ -1,0 +1,158 @@
+"""One place to report to: `metrics.jsonl`, `log.txt`, TensorBoard and the terminal of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TextIO
+
+from train.config import LogConfig
+from train.errors import TrainingFailed
+from train.metrics import Metrics
+from train.tensorboard import Board
+from train.terminal import Terminal, make_terminal
+
+
+class Monitor:
+    """Reports a run; made once, by process 0.
+
+    A resumed run goes on where its checkpoint stands: lines of later steps are cut from `metrics.jsonl`, and
+    TensorBoard forgets them. A run from step 0 starts both afresh.
+
+    All that is logged to `logging.getLogger("moejax")` goes to `log.txt` and to the terminal, above its bar.
+    A terminal that has gone away is no reason to stop training; a full disk is.
+
+    Args:
+      run_dir: an existing run directory.
+      config: what is reported.
+      total_steps: steps of the whole run.
+      start_step: finished steps of the checkpoint from which the run goes on; 0 without one.
+      tokens_per_step: tokens of one optimizer step over all devices.
+      stream: the terminal; standard error unless given. Live when it is a terminal, plain lines otherwise.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | os.PathLike[str],
+        config: LogConfig,
+        *,
+        total_steps: int,
+        start_step: int,
+        tokens_per_step: int,
+        stream: TextIO | None = None,
+    ):
+        run_dir = Path(run_dir)
+        self._tokens_per_step = tokens_per_step
+        self._metrics = Metrics(run_dir / "metrics.jsonl")
+        self._metrics.truncate_after(start_step if start_step else -1)
+        self._board = Board(run_dir / "tensorboard", start_step) if config.tensorboard else None
+        self._terminal = make_terminal(stream or sys.stderr, total_steps, start_step)
+
+        self._logger = logging.getLogger("moejax")
+        self._level_before = self._logger.level
+        self._logger.setLevel(logging.INFO)
+        self._file_handler = _LogFile(run_dir / "log.txt", encoding="utf-8")
+        self._file_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self._terminal_handler = _TerminalHandler(self._terminal)
+        for handler in (self._file_handler, self._terminal_handler):
+            self._logger.addHandler(handler)
+        self._last_step, self._last_time = start_step, time.perf_counter()
+
+    def __enter__(self) -> Monitor:
+        """Close at the end of the block."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close every file and leave the terminal in order."""
+        self.close()
+
+    def train(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Report a logged step.
+
+        Adds `tokens` (since step 0), `step_seconds` and `tokens_per_second` (means over the steps since the
+        last report, pauses left out; the first ones have the compilation in them) unless `metrics` has them.
+
+        Raises:
+          TrainingFailed: the line could not be written.
+        """
+        now = time.perf_counter()
+        seconds = (now - self._last_time) / max(1, step - self._last_step)
+        self._last_step, self._last_time = step, now
+        record = {
+            "step": step,
+            "tokens": step * self._tokens_per_step,
+            "tokens_per_second": self._tokens_per_step / max(seconds, 1e-9),
+            "step_seconds": seconds,
+        } | dict(metrics)
+        self._write(step, record)
+        with contextlib.suppress(OSError):
+            self._terminal.train(step, record)
+
+    def evaluation(self, step: int, loss: float) -> None:
+        """Report the evaluation loss after `step` steps, in a line of its own; raises like `train`."""
+        self._write(step, {"step": step, "eval/loss": loss})
+        with contextlib.suppress(OSError):
+            self._terminal.evaluation(step, loss)
+
+    def message(self, text: str) -> None:
+        """Write a line to `log.txt` and the terminal."""
+        self._logger.info(text)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of a block, such as an evaluation, out of the time per step."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._last_time += time.perf_counter() - began
+
+    def close(self) -> None:
+        """Close every file and leave the terminal in order; a second call does nothing."""
+        with contextlib.suppress(OSError):
+            self._terminal.close()
+        for handler in (self._file_handler, self._terminal_handler):
+            self._logger.removeHandler(handler)
+            handler.close()
+        self._logger.setLevel(self._level_before)
+        self._metrics.close()
+        if self._board is not None:
+            with contextlib.suppress(OSError):  # a full disk has been reported by then
+                self._board.close()
+            self._board = None
+
+    def _write(self, step: int, record: Mapping[str, float]) -> None:
+        try:
+            self._metrics.append(record)
+            if self._board is not None:
+                self._board.write(
+                    step, {name: float(value) for name, value in record.items() if name != "step"}
+                )
+        except OSError as error:
+            raise TrainingFailed(f"the metrics of step {step} could not be written: {error}") from error
+
+
+class _LogFile(logging.FileHandler):
+    """The log file; a line that a full disk does not take is dropped without a traceback on the terminal."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (logging's name)
+        """Do nothing: the metrics of the next step report the disk."""
+
+
+class _TerminalHandler(logging.Handler):
+    """Shows log records above the progress bar; a warning says that it is one."""
+
+    def __init__(self, terminal: Terminal):
+        super().__init__()
+        self._terminal = terminal
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show one record."""
+        label = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        with contextlib.suppress(OSError):
+            self._terminal.message(label + record.getMessage())
