@@ -76,7 +76,9 @@ def main(argv: list[str] | None = None) -> int:
     except RunError as error:
         if words.traceback:
             traceback.print_exc()
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        line = " ".join(str(error).split())
+        # Bytes of the command line that are no UTF-8 are shown as escapes.
+        print("error:", line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         if words.traceback:

@@ -84,9 +84,10 @@ def load_python(path: str | os.PathLike[str]) -> TrainConfig:
 def save_config(config: TrainConfig, path: str | os.PathLike[str]) -> None:
     """Write every field as YAML, such that `load_config` gives the same config back; the file is replaced."""
     path = pathlib.Path(path)
-    text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True, width=1_000_000)
+    # ASCII only: PyYAML writes some Unicode line ends (U+0085) such that they come back as spaces.
+    text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=False, width=1_000_000)
     scratch = path.with_name(path.name + ".new")
-    scratch.write_text(text, encoding="utf-8")
+    scratch.write_text(text, encoding="ascii")
     scratch.replace(path)
 
 
@@ -130,9 +131,8 @@ def refuse_other_run(workdir: str | os.PathLike[str], old: TrainConfig, new: Tra
     """
     if differing := differing_fields(old, new):
         listed = [f"{name} ({shown(was)} there, {shown(now)} now)" for name, (was, now) in differing.items()]
-        raise ConfigError(
-            "workdir", workdir, f"holds another run: {', '.join(listed)}; choose another workdir"
-        )
+        rule = f"holds another run: {', '.join(listed)}; choose another workdir"
+        raise ConfigError("workdir", workdir, rule)
 
 
 def _may_change(name: str) -> bool:

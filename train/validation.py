@@ -79,8 +79,9 @@ def validate(config: TrainConfig, num_devices: int) -> None:
     """
     _check_ranges(config)
     _check_model(config)
+    mesh = resolve_mesh(config.mesh, num_devices)
     _check_moe(config)
-    _check_batch(config, resolve_mesh(config.mesh, num_devices))
+    _check_batch(config, mesh)
 
 
 def resolve_mesh(mesh: MeshConfig, num_devices: int) -> MeshConfig:
@@ -142,10 +143,8 @@ def _check_model(config: TrainConfig) -> None:
     if model.d_model % model.num_heads:
         raise ConfigError("model.num_heads", model.num_heads, f"must divide model.d_model ({model.d_model})")
     if (head_dim := model.d_model // model.num_heads) % 2:
-        rule = f"must leave an even width per head for the rotary embedding; "
-        raise ConfigError(
-            "model.num_heads", model.num_heads, f"{rule}model.d_model / model.num_heads is {head_dim}"
-        )
+        rule = f"must leave an even width per head; model.d_model / model.num_heads is {head_dim}"
+        raise ConfigError("model.num_heads", model.num_heads, rule)
     if model.num_kv_heads is not None and model.num_heads % model.num_kv_heads:
         rule = f"must divide model.num_heads ({model.num_heads})"
         raise ConfigError("model.num_kv_heads", model.num_kv_heads, rule)
