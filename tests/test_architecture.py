@@ -1,4 +1,4 @@
-"""What holds for all files: imports point one way, nothing names a machine, the README's commands are literal."""
+"""What holds for all files: imports point one way, no file names a machine, README commands are literal."""
 
 import ast
 import pathlib
