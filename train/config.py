@@ -14,8 +14,8 @@ class DataConfig:
     """Where the text comes from and how it is cut."""
 
     path: str | None = None
-    """Text, JSONL, Parquet, .npy or .bin file, a folder or a glob of them. Unset: the source text of the Python
-    standard library."""
+    """Text, JSONL, Parquet, .npy or .bin file, a folder or a glob of them. Unset: the source text of the
+    Python standard library."""
     validation_path: str | None = None
     """Validation data of its own. Unset: `validation_fraction` of `path`."""
     validation_fraction: float = 0.1
@@ -84,7 +84,7 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     """Base of the rotary embedding's wavelengths."""
     remat: Literal["none", "dots", "full"] = "none"
-    """What backward computes again: nothing, all but matrix products, or all. Routing decisions are always kept."""
+    """What backward computes again: nothing, all but matrix products, or all. Routing decisions are kept."""
     loss_chunk: int = 4096
     """Tokens per device whose logits stand in memory at once."""
     moe: MoEConfig = field(default_factory=MoEConfig)
@@ -103,7 +103,7 @@ class OptimizerConfig:
     muon_iterations: int = 5
     """Newton-Schulz iterations of Muon."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """Decay after warm-up: cosine over all steps, or stable and then linear over the last `decay_fraction`."""
+    """Decay after warm-up: cosine over all steps, linear over the last `decay_fraction` of them, or none."""
     warmup_steps: int = 100
     """Steps of linear warm-up; may exceed `steps`."""
     decay_fraction: float = 0.2
@@ -151,7 +151,7 @@ class EvalConfig:
     every: int = 500
     """Steps between evaluations during training. 0: only after the last step."""
     max_batches: int | None = None
-    """Batches per evaluation during training. Unset: the whole split; the last evaluation always takes it whole."""
+    """Batches per evaluation during training. Unset: the whole split, as in the last evaluation always."""
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from train.checkpoint import Checkpoints
 from train.config import TrainConfig
 from train.config_io import load_config
 from train.data import load_corpus, load_tokenizer, validation_batches
+from train.errors import ConfigError
 from train.model import ModelSpec
-from train.monitor import Monitor
 from train.step import BATCH_FIELDS, Batch, make_eval_step
 
 
@@ -43,6 +43,20 @@ def fitting_mesh(config: TrainConfig) -> Mesh:
     return moejax.make_mesh(expert=expert)
 
 
+def restore_params(run_dir: Path, config: TrainConfig, abstract_params: Any) -> tuple[int, Any]:
+    """Step and parameters of a run's newest sound checkpoint.
+
+    Raises:
+      ConfigError: the run has none.
+    """
+    with Checkpoints(run_dir / "checkpoints", config.checkpoint) as checkpoints:
+        restored = checkpoints.restore_params(abstract_params)
+    if restored is None:
+        raise ConfigError("RUN", run_dir, "has no checkpoint yet")
+    step, params, _ = restored
+    return step, params
+
+
 def evaluate_run(run_dir: str) -> tuple[float, int]:
     """Evaluate the newest sound checkpoint of a run on its whole validation split.
 
@@ -59,7 +73,7 @@ def evaluate_run(run_dir: str) -> tuple[float, int]:
     spec = ModelSpec.from_config(config, tokenizer.vocab_size)
     mesh = fitting_mesh(config)
     with jax.set_mesh(mesh):
-        step, params = Checkpoints(directory, config.checkpoint).restore_params(spec.abstract_params(mesh))
+        step, params = restore_params(directory, config, spec.abstract_params(mesh))
         batch_size = math.ceil(config.data.batch_size / mesh.size) * mesh.size
         batches = list(validation_batches(corpus, batch_size, config.data.sequence_length))
         loss = mean_loss(jax.jit(make_eval_step(spec)), params, batches, mesh)

@@ -10,24 +10,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train.checkpoint import Checkpoints
 from train.config_io import load_config
 from train.data import load_tokenizer
 from train.errors import ConfigError
+from train.evaluate import restore_params
 from train.model import ModelSpec
 
 
-def sample(logits_V: jax.Array, key: jax.Array, *, temperature: float, top_k: int | None, top_p: float) -> jax.Array:
+def sample(logits_V: jax.Array, key: jax.Array, *, temperature: float, top_k: int | None, top_p: float | None) -> jax.Array:
     """Draw one token id.
 
     Args:
       temperature: 0 takes the most likely token.
       top_k: only the k most likely tokens; None for all.
-      top_p: only the smallest set of most likely tokens whose probabilities sum to at least this.
+      top_p: only the smallest set of most likely tokens whose probabilities sum to at least this; None for all.
     """
     if temperature == 0:
         return jnp.argmax(logits_V)
     sorted_V, ids_V = jax.lax.top_k(logits_V / temperature, logits_V.shape[0] if top_k is None else top_k)
+    if top_p is None:
+        return ids_V[jax.random.categorical(key, sorted_V)]
     probabilities_V = jax.nn.softmax(sorted_V)
     # A token stays while those before it have not reached top_p; the first always stays.
     before_V = jnp.cumsum(probabilities_V) - probabilities_V
@@ -42,7 +44,7 @@ def generate_run(
     max_tokens: int = 256,
     temperature: float = 0.8,
     top_k: int | None = None,
-    top_p: float = 1.0,
+    top_p: float | None = None,
     seed: int = 0,
 ) -> Iterator[str]:
     """Yield the prompt, then its continuation piece by piece, up to `max_tokens` or the end of the document.
@@ -52,21 +54,13 @@ def generate_run(
     Raises:
       ConfigError: not a run directory, no sound checkpoint, or an option out of range.
     """
-    if max_tokens < 1:
-        raise ConfigError("--max-tokens", max_tokens, "must be at least 1")
-    if not (temperature >= 0 and np.isfinite(temperature)):
-        raise ConfigError("--temperature", temperature, "must be 0 (most likely token) or a positive number")
-    if not 0 < top_p <= 1:
-        raise ConfigError("--top-p", top_p, "must be above 0 and at most 1")
     directory = Path(run_dir)
     config = load_config(directory / "config.yaml")
     tokenizer = load_tokenizer(directory)
     spec = ModelSpec.from_config(config, tokenizer.vocab_size)
     if top_k is not None and not 1 <= top_k <= tokenizer.vocab_size:
         raise ConfigError("--top-k", top_k, f"must be between 1 and the vocabulary ({tokenizer.vocab_size})")
-    _, params = Checkpoints(directory, config.checkpoint).restore_params(spec.abstract_params(None))
-
-    # Rows of the embedding beyond the tokenizer's vocabulary stand for nothing.
+    _, params = restore_params(directory, config, spec.abstract_params(None))
     draw = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p)
 
     @partial(jax.jit, donate_argnums=1)
@@ -74,6 +68,7 @@ def generate_run(
         positions = start + jnp.arange(tokens_S.shape[0], dtype=jnp.int32)
         model = spec.merge(params)
         hidden, _, _, cache = model(tokens_S[None], positions_BS=positions[None], cache=cache)
+        # Rows of the embedding beyond the tokenizer's vocabulary stand for nothing.
         logits_V = model.logits(hidden[:, -1:])[0, 0, : tokenizer.vocab_size]
         return draw(logits_V, key), cache
 
@@ -81,13 +76,14 @@ def generate_run(
     ids = np.concatenate([[tokenizer.separator], tokenizer.encode(prompt)]).astype(np.int32)
     context = ids[-window:]
     cache = spec.merge(params).init_cache(1, window)
-    decode = tokenizer.stream()
+    decoder = tokenizer.decoder()
     yield prompt
     key = jax.random.key(seed)
     token, cache = advance(params, cache, jnp.asarray(context), 0, key)
     for position in range(len(context), len(context) + max_tokens):
         if int(token) == tokenizer.separator:
             break
-        yield decode(int(token))
+        yield decoder.push(int(token))
         key = jax.random.fold_in(key, position)
         token, cache = advance(params, cache, token[None].astype(jnp.int32), position, key)
+    yield decoder.finish()

@@ -14,6 +14,7 @@ import moejax
 from moejax.mesh import state_shardings
 from moejax.routing import ROUTERS
 from train.config import MoEConfig, TrainConfig
+from train.validation import moe_layer_numbers
 
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 
@@ -21,13 +22,6 @@ DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 def experts_per_token(moe: MoEConfig) -> int:
     """`model.moe.top_k`, or the router's own number where it is unset."""
     return ROUTERS[moe.router].default_top_k if moe.top_k is None else moe.top_k
-
-
-def moe_layer_numbers(moe_layers: str, num_layers: int) -> tuple[int, ...]:
-    """Numbers of the MoE layers: `all`, `none`, `odd`, `even`, or a comma-separated list."""
-    every = range(num_layers)
-    named = {"all": every, "none": (), "odd": every[1::2], "even": every[0::2]}
-    return tuple(named[moe_layers] if moe_layers in named else map(int, moe_layers.split(",")))
 
 
 def make_model(config: TrainConfig, vocab_size: int, rngs: nnx.Rngs) -> moejax.Transformer:

@@ -33,6 +33,7 @@ class Monitor:
       total_steps: steps of the whole run.
       start_step: finished steps of the checkpoint from which the run goes on; 0 without one.
       tokens_per_step: tokens of one optimizer step over all devices.
+      mfu_per_token: model FLOPs utilisation per token/s; unset where the devices' peak is not known.
       stream: the terminal; standard error unless given. Live when it is a terminal, plain lines otherwise.
     """
 
@@ -44,10 +45,12 @@ class Monitor:
         total_steps: int,
         start_step: int,
         tokens_per_step: int,
+        mfu_per_token: float | None = None,
         stream: TextIO | None = None,
     ):
         run_dir = Path(run_dir)
         self._tokens_per_step = tokens_per_step
+        self._mfu_per_token = mfu_per_token
         self._metrics = Metrics(run_dir / "metrics.jsonl")
         self._metrics.truncate_after(start_step if start_step else -1)
         self._board = Board(run_dir / "tensorboard", start_step) if config.tensorboard else None
@@ -74,7 +77,7 @@ class Monitor:
     def train(self, step: int, metrics: Mapping[str, float]) -> None:
         """Report a logged step.
 
-        Adds `tokens` (since step 0), `step_seconds` and `tokens_per_second` (means over the steps since the
+        Adds `mfu` where it is known, `tokens` (since step 0), `step_seconds` and `tokens_per_second` (means over the steps since the
         last report, pauses left out; the first ones have the compilation in them) unless `metrics` has them.
 
         Raises:
@@ -89,6 +92,8 @@ class Monitor:
             "tokens_per_second": self._tokens_per_step / max(seconds, 1e-9),
             "step_seconds": seconds,
         } | dict(metrics)
+        if self._mfu_per_token is not None:
+            record["mfu"] = record["tokens_per_second"] * self._mfu_per_token
         self._write(step, record)
         with contextlib.suppress(OSError):
             self._terminal.train(step, record)

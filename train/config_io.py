@@ -1,0 +1,164 @@
+"""Where a run's config comes from (Python file, shipped name, YAML of an earlier run) and how it is saved."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import pathlib
+import re
+import sys
+
+import yaml
+
+import train
+from train.config import TrainConfig
+from train.errors import ConfigError
+from train.fields import build, flatten, nearest, shown
+
+# `configs` lies beside `train`, in a checkout as in an installed wheel. Asking the import system for the name
+# would find a user's own `configs` folder first.
+SHIPPED = pathlib.Path(train.__file__).resolve().parent.parent / "configs"
+
+# What may differ when a run is resumed; an entry that ends in a dot is a whole group.
+MAY_CHANGE = ("steps", "workdir", "log.", "eval.", "checkpoint.", "mesh.", "model.moe.exchange")
+
+
+def find_config(argument: str) -> tuple[TrainConfig, str]:
+    """The config that CONFIG on the command line means, and its name.
+
+    Args:
+      argument: path of a `.py` file with `config() -> TrainConfig`, path of a YAML file, or the bare name of
+        a file in `configs/`.
+
+    Returns:
+      The config, types checked, and a name for the default run directory: the file's stem, or for a
+      `config.yaml` the name of the folder that it lies in.
+
+    Raises:
+      ConfigError: there is no such file (names the nearest), or it does not give a config.
+    """
+    path = pathlib.Path(argument)
+    if path.suffix in (".py", ".yaml", ".yml") and os.path.isfile(path):
+        if path.suffix == ".py":
+            return load_python(path), path.stem
+        return load_config(path), path.resolve().parent.name if path.stem == "config" else path.stem
+    if argument in shipped_names():
+        return load_python(SHIPPED / f"{argument}.py"), argument
+    raise ConfigError("CONFIG", shown(argument), _why_not_found(path))
+
+
+def shipped_names() -> list[str]:
+    """Names of the files in `configs/`."""
+    return sorted(path.stem for path in SHIPPED.glob("*.py") if not path.stem.startswith("_"))
+
+
+def load_python(path: str | os.PathLike[str]) -> TrainConfig:
+    """Run a Python file and return what its `config()` gives, types checked.
+
+    Raises:
+      ConfigError: the file raises, has no `config()`, or gives something else; a wrong field is named.
+    """
+    path = pathlib.Path(path)
+    module_name = f"_moejax_config_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None and spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # dataclasses and pickles of the file look their module up
+    try:
+        spec.loader.exec_module(module)
+        if not callable(getattr(module, "config", None)):
+            raise ConfigError("CONFIG", path, "has no function `config() -> TrainConfig`")
+        result = module.config()
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ConfigError("CONFIG", path, _why_raised(path, error)) from error
+    finally:
+        del sys.modules[module_name]
+    if not isinstance(result, TrainConfig):
+        raise ConfigError("CONFIG", path, f"config() must return a TrainConfig, not {type(result).__name__}")
+    return build(TrainConfig, result)
+
+
+def save_config(config: TrainConfig, path: str | os.PathLike[str]) -> None:
+    """Write every field as YAML, such that `load_config` gives the same config back; the file is replaced."""
+    path = pathlib.Path(path)
+    # ASCII only: PyYAML writes some Unicode line ends (U+0085) such that they come back as spaces.
+    text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=False, width=1_000_000)
+    scratch = path.with_name(path.name + ".new")
+    scratch.write_text(text, encoding="ascii")
+    scratch.replace(path)
+
+
+def load_config(path: str | os.PathLike[str]) -> TrainConfig:
+    """Read a YAML config; fields that it leaves out have their defaults.
+
+    Raises:
+      ConfigError: the file cannot be read or is no YAML, has an unknown field (names the nearest) or a value
+        of the wrong type.
+    """
+    path = pathlib.Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError("CONFIG", path, f"cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError("CONFIG", path, f"is not valid YAML: {shown(error)}") from error
+    if not isinstance(values, dict):
+        raise ConfigError("CONFIG", path, "must be a YAML mapping of config fields")
+    return build(TrainConfig, values)
+
+
+def differing_fields(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[object, object]]:
+    """Fields that differ although they must not when a run is resumed: dotted name → (old, new) value.
+
+    `MAY_CHANGE` lists what may.
+    """
+    before, after = flatten(old), flatten(new)
+    return {
+        name: (before[name], after[name])
+        for name in before
+        if before[name] != after[name] and not _may_change(name)
+    }
+
+
+def refuse_other_run(workdir: str | os.PathLike[str], old: TrainConfig, new: TrainConfig) -> None:
+    """Refuse to resume the run of `workdir`, whose config is `old`, with a config that makes it another run.
+
+    Raises:
+      ConfigError: names every field that differs and may not, with both values.
+    """
+    if differing := differing_fields(old, new):
+        listed = [f"{name} ({shown(was)} there, {shown(now)} now)" for name, (was, now) in differing.items()]
+        rule = f"holds another run: {', '.join(listed)}; choose another workdir"
+        raise ConfigError("workdir", workdir, rule)
+
+
+def _may_change(name: str) -> bool:
+    return any(name.startswith(entry) if entry.endswith(".") else name == entry for entry in MAY_CHANGE)
+
+
+def _why_not_found(path: pathlib.Path) -> str:
+    if os.path.isfile(path / "config.yaml"):
+        return f"is a run directory; its config is {path / 'config.yaml'}"
+    if os.path.isfile(path):
+        return "must be a .py file, a .yaml file, or the name of a shipped config"
+    folder = path.parent
+    beside = [str(other) for pattern in ("*.py", "*.yaml", "*.yml") for other in folder.glob(pattern)]
+    known = shipped_names() + [other for other in beside if not pathlib.Path(other).stem.startswith("_")]
+    return f"no such config file{nearest(str(path), known)}"
+
+
+def _why_raised(path: pathlib.Path, error: BaseException) -> str:
+    line = error.lineno if isinstance(error, SyntaxError) else None
+    frame = error.__traceback__
+    while frame is not None:
+        if pathlib.Path(frame.tb_frame.f_code.co_filename) == path:
+            line = frame.tb_lineno
+        frame = frame.tb_next
+    where = f" in line {line}" if line else ""
+    message = shown(error.msg if isinstance(error, SyntaxError) else error)
+    if argument := re.search(r"unexpected keyword argument '(\w+)'", message):
+        message += nearest(argument[1], flatten(TrainConfig()))
+    return f"raised {type(error).__name__}{where}: {message}"

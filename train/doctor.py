@@ -1,0 +1,131 @@
+"""`moejax doctor`: what this machine offers, and whether its devices compute and communicate correctly."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Iterator
+
+PACKAGES = ("moejax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+
+# In the order in which jax.distributed.initialize() looks for them, each with the variables that it asks for.
+CLUSTERS = {
+    "Open MPI": ("OMPI_MCA_orte_hnp_uri",),
+    "Slurm": ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"),
+    "Kubernetes": ("KUBERNETES_SERVICE_HOST",),
+}
+
+
+def doctor() -> bool:
+    """Print what was found, one `name  value` line each; False when a check gave a wrong answer."""
+    sound = True
+    for name, value, is_sound in findings():
+        print(f"{name:<22}{value}" if is_sound else f"{name:<22}FAILED: {value}", flush=True)
+        sound &= is_sound
+    return sound
+
+
+def findings() -> Iterator[tuple[str, str, bool]]:
+    """(name, what was found, whether it is sound), from what cannot fail to what can."""
+    yield "python", platform.python_version(), True
+    for package in PACKAGES:
+        yield package, _version(package), True
+    yield "machine", f"{platform.system()} {platform.machine()}, {_cores()} cores, {_memory()}", True
+    yield "cluster", cluster(), True
+    yield from _devices()
+    yield "grouped matmul", *_grouped_matmul()
+    yield from _collectives()
+
+
+def cluster() -> str:
+    """Which cluster jax would find itself on, from the environment alone."""
+    for name, variables in CLUSTERS.items():
+        if all(variable in os.environ for variable in variables):
+            return name
+    return "none found: a single process"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cores() -> int:
+    # The cores that this process may use: in a container fewer than the machine has.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory() -> str:
+    if "SC_PHYS_PAGES" not in os.sysconf_names:
+        return "memory unknown"
+    return _gibibytes(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def _gibibytes(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"
+
+
+def _devices() -> Iterator[tuple[str, str, bool]]:
+    import jax
+
+    yield "platform", f"{jax.default_backend()}, {jax.device_count()} devices", True
+    for device in jax.local_devices():
+        statistics = device.memory_stats() or {}
+        limit = statistics.get("bytes_limit")
+        memory = f", {_gibibytes(limit)}" if limit else ""
+        yield f"device {device.id}", f"{device.device_kind}{memory}", True
+
+
+def _grouped_matmul() -> tuple[str, bool]:
+    """The implementation that this platform gets, tried on three groups of which one is empty."""
+    import numpy as np
+
+    try:
+        from custom_ops.grouped_matmul import default_implementation, grouped_matmul
+    except ImportError as error:  # a native library that does not load
+        return str(error), False
+    rows_ND = np.arange(12, dtype=np.float32).reshape(4, 3)
+    w_EDF = np.arange(18, dtype=np.float32).reshape(3, 3, 2)
+    answer_NF = grouped_matmul(rows_ND, w_EDF, np.array([3, 0, 1], np.int32))
+    expected_NF = np.concatenate([rows_ND[:3] @ w_EDF[0], rows_ND[3:] @ w_EDF[2]])
+    # Small whole numbers: exact in f32, in any order of summation.
+    is_right = np.array_equal(answer_NF, expected_NF)
+    return f"{default_implementation()}{'' if is_right else ' gives a wrong answer'}", is_right
+
+
+def _collectives() -> Iterator[tuple[str, str, bool]]:
+    """A psum and an all_to_all over all devices, whose answers are known, with compile and run time."""
+    import jax
+    import numpy as np
+    from jax.sharding import AxisType, PartitionSpec
+
+    count = jax.device_count()
+    mesh = jax.make_mesh((count,), ("all",), axis_types=(AxisType.Auto,))
+    square = np.arange(count * count, dtype=np.float32).reshape(count, count)
+    rows = PartitionSpec("all")
+
+    def psum(x):
+        return jax.lax.psum(x, "all")
+
+    def all_to_all(x):
+        return jax.lax.all_to_all(x, "all", split_axis=1, concat_axis=0, tiled=True).reshape(1, count)
+
+    expected = {"psum": np.broadcast_to(square.sum(0), square.shape), "all_to_all": square.T}
+    for function in (psum, all_to_all):
+        run = jax.jit(jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False))
+        started = time.perf_counter()
+        jax.block_until_ready(run(square))
+        compiled = time.perf_counter()
+        answer = run(square)
+        jax.block_until_ready(answer)
+        finished = time.perf_counter()
+        name = function.__name__
+        is_right = all(
+            np.array_equal(shard.data, expected[name][shard.index]) for shard in answer.addressable_shards
+        )
+        times = f"{(finished - compiled) * 1e3:.2f} ms, first call {(compiled - started) * 1e3:.0f} ms"
+        yield name, times if is_right else f"wrong answer on {count} devices", is_right

@@ -1,0 +1,67 @@
+"""From the metrics on the device to the run's reports, without making the device wait."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from train.errors import TrainingFailed
+from train.model import ModelSpec
+from train.monitor import Monitor
+from train.step import Metrics
+
+
+class Reporter:
+    """Fetches metrics from the device outside the step, one step late, so that the device never waits for the host.
+
+    Every step's metrics are looked at, so a NaN is found at its step, whatever `log.every` is.
+    """
+
+    def __init__(self, monitor: Monitor, spec: ModelSpec, mesh: Mesh):
+        self._monitor = monitor
+        self._parameter_names = [
+            ".".join(str(getattr(key, "key", key)) for key in path)
+            for path, _ in jax.tree_util.tree_leaves_with_path(spec.abstract_params(None))
+        ]
+        self._device = mesh.local_mesh.devices.flat[0]
+        self._pending: list[tuple[int, Metrics, bool]] = []
+
+    def add(self, step: int, metrics: Metrics, *, logged: bool) -> None:
+        """Take a step's metrics, still on the device; first report an earlier step that was to be logged."""
+        if any(was_logged for *_, was_logged in self._pending):
+            self.flush()
+        self._pending.append((step, metrics, logged))
+
+    def flush(self) -> None:
+        """Fetch, check and report all steps so far.
+
+        Raises:
+          TrainingFailed: a step was not finite; names the first such step and where it began.
+        """
+        fetched = jax.device_get([metrics for _, metrics, _ in self._pending])
+        for (step, _, logged), metrics in zip(self._pending, fetched, strict=True):
+            self._refuse_nan(step, metrics)
+            if logged:
+                self._monitor.train(step, self._scalars(metrics))
+        self._pending.clear()
+
+    def _refuse_nan(self, step: int, metrics: dict[str, np.ndarray]) -> None:
+        bad_layers = np.flatnonzero(~metrics["finite_layers"])
+        bad_grads = np.flatnonzero(~metrics["finite_grads"])
+        if np.isfinite(metrics["loss"]) and not len(bad_layers) and not len(bad_grads):
+            return
+        if len(bad_layers):
+            where = f"layer {bad_layers[0]} is the first whose output is not finite"
+        elif not np.isfinite(metrics["loss"]):
+            where = "all layers are finite, the output projection is not"
+        else:
+            where = f"the gradient of {self._parameter_names[bad_grads[0]]} is not finite"
+        raise TrainingFailed(f"step {step}: loss {float(metrics['loss'])}: {where}; the last checkpoint is intact")
+
+    def _scalars(self, metrics: dict[str, np.ndarray]) -> dict[str, float]:
+        line = {name: value.item() for name, value in metrics.items() if np.ndim(value) == 0}
+        memory = self._device.memory_stats()  # None on CPU
+        if memory and "peak_bytes_in_use" in memory:
+            line["memory_bytes"] = memory["peak_bytes_in_use"]
+        return line

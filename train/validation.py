@@ -1,0 +1,191 @@
+"""The rules that a config must keep, all checked before a run writes anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import pathlib
+from collections.abc import Callable
+
+from train.config import MeshConfig, TrainConfig
+from train.errors import ConfigError
+from train.fields import flatten, get, nearest, shown
+
+Rule = tuple[str, Callable[[float], bool]]
+
+AT_LEAST_ONE: Rule = ("must be at least 1", lambda value: value >= 1)
+AT_LEAST_ZERO: Rule = ("must be at least 0", lambda value: value >= 0)
+POSITIVE: Rule = ("must be a positive finite number", lambda value: 0 < value < math.inf)
+NOT_NEGATIVE: Rule = ("must be a finite number of at least 0", lambda value: 0 <= value < math.inf)
+SHARE: Rule = ("must be between 0 and 1", lambda value: 0 <= value <= 1)
+INNER_SHARE: Rule = ("must be between 0 and 1, neither of them", lambda value: 0 < value < 1)
+DECAY: Rule = ("must be at least 0 and below 1", lambda value: 0 <= value < 1)
+SEED: Rule = ("must be between 0 and 4294967295", lambda value: 0 <= value < 2**32)
+AXIS: Rule = ("must be at least 1, or -1 for all remaining devices", lambda value: value == -1 or value >= 1)
+
+# Every number of the config stands here, so that none goes unchecked; an unset one (None) always passes.
+RANGES: dict[str, Rule] = {
+    "steps": AT_LEAST_ONE,
+    "seed": SEED,
+    "data.validation_fraction": INNER_SHARE,
+    "data.batch_size": AT_LEAST_ONE,
+    "data.sequence_length": AT_LEAST_ONE,
+    "model.num_layers": AT_LEAST_ONE,
+    "model.d_model": AT_LEAST_ONE,
+    "model.num_heads": AT_LEAST_ONE,
+    "model.num_kv_heads": AT_LEAST_ONE,
+    "model.d_hidden": AT_LEAST_ONE,
+    "model.vocab_size": AT_LEAST_ONE,
+    "model.rope_theta": POSITIVE,
+    "model.loss_chunk": AT_LEAST_ONE,
+    "model.moe.num_experts": AT_LEAST_ONE,
+    "model.moe.top_k": AT_LEAST_ONE,
+    "model.moe.d_hidden": AT_LEAST_ONE,
+    "model.moe.routing.balance_weight": NOT_NEGATIVE,
+    "model.moe.routing.z_weight": NOT_NEGATIVE,
+    "optimizer.learning_rate": POSITIVE,
+    "optimizer.adam_learning_rate": POSITIVE,
+    "optimizer.muon_iterations": AT_LEAST_ONE,
+    "optimizer.warmup_steps": AT_LEAST_ZERO,
+    "optimizer.decay_fraction": SHARE,
+    "optimizer.final_fraction": SHARE,
+    "optimizer.b1": DECAY,
+    "optimizer.b2": DECAY,
+    "optimizer.weight_decay": NOT_NEGATIVE,
+    "optimizer.clip_norm": POSITIVE,
+    "optimizer.accumulation_steps": AT_LEAST_ONE,
+    "mesh.data": AXIS,
+    "mesh.expert": AT_LEAST_ONE,
+    "checkpoint.every": AT_LEAST_ZERO,
+    "checkpoint.keep_last": AT_LEAST_ONE,
+    "checkpoint.keep_best": AT_LEAST_ZERO,
+    "eval.every": AT_LEAST_ZERO,
+    "eval.max_batches": AT_LEAST_ONE,
+    "log.every": AT_LEAST_ONE,
+}
+
+NOT_EMPTY = ("workdir", "data.path", "data.validation_path", "data.text_field", "data.tokenizer")
+
+
+def validate(config: TrainConfig, num_devices: int) -> None:
+    """Check everything that can be known without reading data.
+
+    Args:
+      config: what the user asks for.
+      num_devices: devices of the whole run, over all processes.
+
+    Raises:
+      ConfigError: the first rule that is broken, with field, value and what is allowed.
+    """
+    _check_ranges(config)
+    _check_model(config)
+    mesh = resolve_mesh(config.mesh, num_devices)
+    _check_moe(config)
+    _check_batch(config, mesh)
+
+
+def resolve_mesh(mesh: MeshConfig, num_devices: int) -> MeshConfig:
+    """The mesh with -1 replaced by what remains; its axes' product is exactly `num_devices`.
+
+    Raises:
+      ConfigError: it does not fit the devices or would leave some unused; says what would fit.
+    """
+    devices = f"the number of devices ({num_devices})"
+    if num_devices % mesh.expert:
+        divisors = [str(n) for n in range(1, num_devices + 1) if num_devices % n == 0]
+        raise ConfigError("mesh.expert", mesh.expert, f"must divide {devices}: {', '.join(divisors)}")
+    remaining = num_devices // mesh.expert
+    if mesh.data not in (-1, remaining):
+        product = f"mesh.data × mesh.expert ({mesh.data} × {mesh.expert} = {mesh.data * mesh.expert})"
+        fits = f"with mesh.expert = {mesh.expert}, mesh.data must be {remaining} or -1"
+        if num_devices % mesh.data == 0:
+            fits += f"; with mesh.data = {mesh.data}, mesh.expert must be {num_devices // mesh.data}"
+        raise ConfigError("mesh.data", mesh.data, f"{product} must equal {devices}; {fits}")
+    return dataclasses.replace(mesh, data=remaining)
+
+
+def moe_layer_numbers(moe_layers: str, num_layers: int) -> tuple[int, ...]:
+    """The numbers of the MoE layers that `model.moe_layers` names, ascending, from 0.
+
+    Raises:
+      ConfigError: it is none of `all`, `none`, `odd`, `even` and not a list of layer numbers.
+    """
+    every = range(num_layers)
+    words = {"all": every, "none": (), "even": every[::2], "odd": every[1::2]}
+    if moe_layers in words:
+        return tuple(words[moe_layers])
+    allowed = f"must be all, none, odd, even, or a list of layer numbers from 0 to {num_layers - 1}"
+    try:
+        numbers = [int(number) for number in moe_layers.split(",")]
+    except ValueError:
+        raise ConfigError("model.moe_layers", shown(moe_layers), allowed) from None
+    if outside := [number for number in numbers if number not in every]:
+        raise ConfigError("model.moe_layers", moe_layers, f"{allowed}; there is no layer {outside[0]}")
+    if len(set(numbers)) < len(numbers):
+        raise ConfigError("model.moe_layers", moe_layers, f"{allowed}, each once")
+    return tuple(sorted(numbers))
+
+
+def _check_ranges(config: TrainConfig) -> None:
+    for name, value in flatten(config).items():
+        if name in RANGES and value is not None:
+            text, is_allowed = RANGES[name]
+            if not is_allowed(value):
+                raise ConfigError(name, value, text)
+        if name in NOT_EMPTY and value is not None and not value.strip():
+            raise ConfigError(name, shown(value), "must not be empty")
+    if config.workdir is not None and (there := _file_on_the_way(pathlib.Path(config.workdir))):
+        raise ConfigError("workdir", config.workdir, f"must be a directory, but {there} is a file")
+
+
+def _check_model(config: TrainConfig) -> None:
+    model = config.model
+    if model.d_model % model.num_heads:
+        raise ConfigError("model.num_heads", model.num_heads, f"must divide model.d_model ({model.d_model})")
+    if (head_dim := model.d_model // model.num_heads) % 2:
+        rule = f"must leave an even width per head; model.d_model / model.num_heads is {head_dim}"
+        raise ConfigError("model.num_heads", model.num_heads, rule)
+    if model.num_kv_heads is not None and model.num_heads % model.num_kv_heads:
+        rule = f"must divide model.num_heads ({model.num_heads})"
+        raise ConfigError("model.num_kv_heads", model.num_kv_heads, rule)
+    moe_layer_numbers(model.moe_layers, model.num_layers)
+
+
+def _check_moe(config: TrainConfig) -> None:
+    from moejax.exchange import EXCHANGES
+    from moejax.routing import ROUTERS
+
+    moe = config.model.moe
+    for name, known in (("model.moe.router", ROUTERS), ("model.moe.exchange", EXCHANGES)):
+        value = get(config, name)
+        if value not in known:
+            raise ConfigError(name, shown(value), f"must be one of {', '.join(known)}{nearest(value, known)}")
+    if not moe_layer_numbers(config.model.moe_layers, config.model.num_layers):
+        return
+    own_top_k = ROUTERS[moe.router].default_top_k
+    top_k = own_top_k if moe.top_k is None else moe.top_k
+    if top_k > moe.num_experts:
+        value = moe.top_k if moe.top_k is not None else f"unset ({own_top_k} for router {moe.router})"
+        rule = f"must be between 1 and model.moe.num_experts ({moe.num_experts})"
+        raise ConfigError("model.moe.top_k", value, rule)
+    if moe.num_experts % config.mesh.expert:
+        rule = f"must be divisible by mesh.expert ({config.mesh.expert})"
+        raise ConfigError("model.moe.num_experts", moe.num_experts, rule)
+
+
+def _check_batch(config: TrainConfig, mesh: MeshConfig) -> None:
+    parts = config.optimizer.accumulation_steps
+    unit = parts * mesh.data * mesh.expert
+    if config.data.batch_size % unit:
+        below = config.data.batch_size // unit * unit
+        fits = f"{below} or {below + unit}" if below else str(unit)
+        factors, sizes = "mesh.data × mesh.expert", f"{mesh.data} × {mesh.expert}"
+        if parts > 1:
+            factors, sizes = f"optimizer.accumulation_steps × {factors}", f"{parts} × {sizes}"
+        rule = f"must be divisible by {factors} ({sizes} = {unit}), such as {fits}"
+        raise ConfigError("data.batch_size", config.data.batch_size, rule)
+
+
+def _file_on_the_way(path: pathlib.Path) -> pathlib.Path | None:
+    return next((part for part in (path, *path.parents) if os.path.isfile(part)), None)
