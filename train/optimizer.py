@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import optax
-from optax.contrib import MuonDimensionNumbers, scale_by_muon, scale_by_shape
+import optax.contrib
+from optax.contrib import MuonDimensionNumbers
 
 from train.config import OptimizerConfig
 from train.model import Axes, ModelSpec
@@ -38,36 +37,32 @@ def make_schedule(config: OptimizerConfig, steps: int, peak: float | None = None
 def make_optimizer(config: OptimizerConfig, steps: int, spec: ModelSpec) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW, or Muon for the matrices and AdamW for the rest.
 
-    The norm is that of the global arrays: an expert counts once on every layout. Matrices decay, norms do not.
+    The norm is that of the global arrays: an expert counts once on every layout. Matrices decay, norms do not, nor
+    does what Muon leaves to AdamW (embeddings, routers, norms).
     """
     axes = spec.logical_axes()
-    adam_peak = config.adam_learning_rate if config.name == "muon" else None
-    adamw = optax.adamw(
-        make_schedule(config, steps, adam_peak),
-        b1=config.b1,
-        b2=config.b2,
-        weight_decay=config.weight_decay,
-        mask=jax.tree.map(lambda a: len(set(a.names) - _STACKED) > 1, axes),
-    )
     clip = optax.clip_by_global_norm(config.clip_norm)
     if config.name == "adamw":
+        adamw = optax.adamw(
+            make_schedule(config, steps),
+            b1=config.b1,
+            b2=config.b2,
+            weight_decay=config.weight_decay,
+            mask=jax.tree.map(lambda a: len(set(a.names) - _STACKED) > 1, axes),
+        )
         return optax.chain(clip, adamw)
 
-    def dimension_numbers(updates: Any) -> Any:
-        return jax.tree.map(lambda a, u: _matrix_dimensions(a) if _is_array(u) else u, axes, updates)
-
-    muon = optax.chain(
-        scale_by_muon(ns_steps=config.muon_iterations, weight_dimension_numbers=dimension_numbers),
-        scale_by_shape(weight_dimension_numbers=dimension_numbers, consistent_rms=_MUON_RMS),
-        optax.add_decayed_weights(config.weight_decay),
-        optax.scale_by_learning_rate(make_schedule(config, steps)),
+    muon = optax.contrib.muon(
+        make_schedule(config, steps),
+        ns_steps=config.muon_iterations,
+        weight_decay=config.weight_decay,
+        consistent_rms=_MUON_RMS,
+        muon_weight_dimension_numbers=jax.tree.map(_matrix_dimensions, axes),
+        adam_learning_rate=make_schedule(config, steps, config.adam_learning_rate),
+        adam_b1=config.b1,
+        adam_b2=config.b2,
     )
-    labels = jax.tree.map(lambda a: "muon" if _matrix_dimensions(a) else "adamw", axes)
-    return optax.chain(clip, optax.partition({"muon": muon, "adamw": adamw}, labels))
-
-
-def _is_array(leaf: Any) -> bool:
-    return hasattr(leaf, "ndim")  # the other kind is Optax's placeholder for a masked-out parameter
+    return optax.chain(clip, muon)
 
 
 def _matrix_dimensions(axes: Axes) -> MuonDimensionNumbers | None:
