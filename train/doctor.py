@@ -82,6 +82,7 @@ def _devices() -> Iterator[tuple[str, str, bool]]:
 
 def _grouped_matmul() -> tuple[str, bool]:
     """The implementation that this platform gets, tried on three groups of which one is empty."""
+    import jax.numpy as jnp
     import numpy as np
 
     try:
@@ -90,7 +91,8 @@ def _grouped_matmul() -> tuple[str, bool]:
         return str(error), False
     rows_ND = np.arange(12, dtype=np.float32).reshape(4, 3)
     w_EDF = np.arange(18, dtype=np.float32).reshape(3, 3, 2)
-    answer_NF = grouped_matmul(rows_ND, w_EDF, np.array([3, 0, 1], np.int32))
+    sizes_E = np.array([3, 0, 1], np.int32)
+    answer_NF = grouped_matmul(jnp.asarray(rows_ND), jnp.asarray(w_EDF), jnp.asarray(sizes_E))
     expected_NF = np.concatenate([rows_ND[:3] @ w_EDF[0], rows_ND[3:] @ w_EDF[2]])
     # Small whole numbers: exact in f32, in any order of summation.
     is_right = np.array_equal(answer_NF, expected_NF)
