@@ -6,6 +6,7 @@ Shapes: B sequences, S positions, D model width, H query heads, G key/value head
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +66,11 @@ class Attention(nnx.Module):
             shape = (d_model, heads * self.d_head)
             return init_matrix(rngs, shape, axes=("embed", "heads"), std=d_model**-0.5)
 
-        self.w_q, self.w_k, self.w_v = projection(num_heads), projection(num_kv_heads), projection(num_kv_heads)
+        self.w_q, self.w_k, self.w_v = (
+            projection(num_heads),
+            projection(num_kv_heads),
+            projection(num_kv_heads),
+        )
         self.w_out = init_matrix(
             rngs, (num_heads * self.d_head, d_model), axes=("heads", "embed"), std=out_scale * d_model**-0.5
         )
@@ -96,12 +101,20 @@ class Attention(nnx.Module):
             cache = cache.append(k, v, position_S)
             seen, now = cache.position_W[None, :], position_S[:, None]
             mask = (seen >= 0) & (seen <= now)
-            y = _attend(q, cache.k_BWGh.astype(q.dtype), cache.v_BWGh.astype(q.dtype), mask[None, None], is_causal=False)
+            y = _attend(
+                q,
+                cache.k_BWGh.astype(q.dtype),
+                cache.v_BWGh.astype(q.dtype),
+                mask[None, None],
+                is_causal=False,
+            )
         return y.reshape(*x_BSD.shape[:2], -1) @ self.w_out[...].astype(self.dtype), cache
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, is_causal: bool) -> jax.Array:
     # cuDNN's flash attention takes 16-bit types and never holds the S x S scores.
     flash = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
-    implementation = "cudnn" if flash else "xla"
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=is_causal, implementation=implementation)
+    implementation: Literal["cudnn", "xla"] = "cudnn" if flash else "xla"
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=mask, is_causal=is_causal, implementation=implementation
+    )

@@ -22,7 +22,9 @@ def peak_flops(device: jax.Device) -> float | None:
     return next(matches, None)
 
 
-def train_flops_per_token(active_matrix_parameters: int, num_layers: int, d_model: int, sequence_length: int) -> int:
+def train_flops_per_token(
+    active_matrix_parameters: int, num_layers: int, d_model: int, sequence_length: int
+) -> int:
     """Forward and backward FLOPs of one token: 6 per active matrix parameter, plus causal attention.
 
     Attention scores and values take 2 * 2 * D * S / 2 per token and layer forward under a causal mask, and twice that

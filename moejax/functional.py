@@ -61,7 +61,11 @@ def moe(
     """
     size = 1 if axis is None else jax.lax.axis_size(axis)
     if num_experts % size:
-        raise ValueError(f"num_experts = {num_experts}: must be a multiple of the size of axis {axis!r} ({size})")
+        raise ValueError(
+            f"num_experts = {num_experts}: must be a multiple of the size of axis {axis!r} ({size})"
+        )
     per_device = num_experts // size
     levels = [] if axis is None else [EXCHANGES[exchange](axis, per_device)]
-    return dispatch(x_TD, ids_TK, weights_TK, levels=levels, experts=experts, experts_per_device=per_device)[0]
+    return dispatch(x_TD, ids_TK, weights_TK, levels=levels, experts=experts, experts_per_device=per_device)[
+        0
+    ]

@@ -61,14 +61,24 @@ def gelu(x_NF: jax.Array) -> jax.Array:
 
 
 # Name -> (function, number of input columns per hidden column).
-ACTIVATIONS: dict[str, tuple[Callable[[jax.Array], jax.Array], int]] = {"swiglu": (swiglu, 2), "gelu": (gelu, 1)}
+ACTIVATIONS: dict[str, tuple[Callable[[jax.Array], jax.Array], int]] = {
+    "swiglu": (swiglu, 2),
+    "gelu": (gelu, 1),
+}
 
 
 class FeedForward(nnx.Module):
     """Dense FFN: x_BSD -> y_BSD."""
 
     def __init__(
-        self, d_model: int, d_hidden: int, *, activation: str = "swiglu", out_scale=1.0, dtype=jnp.float32, rngs: nnx.Rngs
+        self,
+        d_model: int,
+        d_hidden: int,
+        *,
+        activation: str = "swiglu",
+        out_scale=1.0,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
     ):
         self.activation = activation
         self.dtype = dtype

@@ -53,7 +53,11 @@ def cross_entropy(x_TD: jax.Array, w_VD: jax.Array, targets_T: jax.Array, chunk:
     The logits of only `chunk` tokens stand in memory at once: in training, each chunk's gradient is taken while its
     logits are there, which also saves computing them a second time.
     """
-    step = lambda total, part: (total + _nll(*part, w_VD)[0], None)  # noqa: E731
+
+    def step(total, part):
+        x_CD, targets_C = part
+        return total + _nll(x_CD, targets_C, w_VD)[0], None
+
     start = 0.0 * jnp.sum(x_TD[:0, :1], dtype=jnp.float32)
     return _scan_chunks(step, start, x_TD, targets_T, chunk)[0]
 

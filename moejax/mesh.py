@@ -7,11 +7,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from custom_ops.varying import varying_axes
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-
-from custom_ops.varying import varying_axes
 
 # Mesh axes, outermost first. Tokens are split over all of them.
 DATA = "data"
@@ -45,7 +44,9 @@ def make_mesh(*, data: int = -1, expert: int = 1, devices: Sequence[jax.Device] 
     if data == -1:
         data = max(len(devices) // expert, 1)
     if data * expert != len(devices):
-        raise ValueError(f"a mesh of data={data} x expert={expert} needs {data * expert} devices, got {len(devices)}")
+        raise ValueError(
+            f"a mesh of data={data} x expert={expert} needs {data * expert} devices, got {len(devices)}"
+        )
     return Mesh(np.asarray(devices).reshape(data, expert), TOKEN_AXES, axis_types=(AxisType.Auto,) * 2)
 
 

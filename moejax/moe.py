@@ -93,7 +93,13 @@ class MoE(nnx.Module):
             router = ROUTERS[router](d_model, num_experts, top_k=top_k, rngs=rngs, **router_options)
         if isinstance(experts, str):
             experts = Experts(
-                num_experts, d_model, d_hidden, activation=experts, out_scale=out_scale, dtype=dtype, rngs=rngs
+                num_experts,
+                d_model,
+                d_hidden,
+                activation=experts,
+                out_scale=out_scale,
+                dtype=dtype,
+                rngs=rngs,
             )
         self.router = router
         self.experts = experts
@@ -120,7 +126,9 @@ class MoE(nnx.Module):
         mesh = ambient_mesh()
         size = mesh.shape[EXPERT] if EXPERT in mesh.axis_names else 1
         if self.num_experts % size:
-            raise ValueError(f"num_experts = {self.num_experts}: must be a multiple of mesh axis 'expert' ({size})")
+            raise ValueError(
+                f"num_experts = {self.num_experts}: must be a multiple of mesh axis 'expert' ({size})"
+            )
         flat = lambda a: None if a is None else a.reshape(-1)  # noqa: E731
         graphdef, params = nnx.split((self.router, self.experts))
 

@@ -99,7 +99,9 @@ class Transformer(nnx.Module):
         def make_block(is_moe: bool, rngs: nnx.Rngs) -> Block:
             ffn: FeedForward | MoE
             if is_moe:
-                ffn = MoE(d_model, experts=activation, out_scale=out_scale, dtype=dtype, rngs=rngs, **(moe or {}))
+                ffn = MoE(
+                    d_model, experts=activation, out_scale=out_scale, dtype=dtype, rngs=rngs, **(moe or {})
+                )
             else:
                 ffn = FeedForward(d_model, d_hidden, rngs=rngs, **common)
             attention = Attention(
@@ -174,7 +176,9 @@ class Transformer(nnx.Module):
         by_layer = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])  # noqa: E731
 
         x_BSD = self._embed(tokens_BS)
-        x_BSD, (stats, finite, cache) = jax.lax.scan(run_period, x_BSD, (stacked, jax.tree.map(by_period, cache)))
+        x_BSD, (stats, finite, cache) = jax.lax.scan(
+            run_period, x_BSD, (stacked, jax.tree.map(by_period, cache))
+        )
         stats, finite_L, cache = jax.tree.map(by_layer, (stats, finite, cache))
         return self.final_norm(x_BSD), stats, finite_L, cache
 

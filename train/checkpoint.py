@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp  # type: ignore[import-untyped]
+import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from train import leaves as lv

@@ -34,4 +34,6 @@ class Interrupted(RunError):
 
     def __init__(self, signal_number: int, step: int):
         self.exit_code = 128 + signal_number
-        super().__init__(f"stopped by signal {signal_number} after step {step}; the same command goes on from there")
+        super().__init__(
+            f"stopped by signal {signal_number} after step {step}; the same command goes on from there"
+        )

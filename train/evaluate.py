@@ -27,7 +27,9 @@ def device_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
     return jax.device_put({name: batch[name] for name in BATCH_FIELDS}, token_sharding(mesh))
 
 
-def mean_loss(eval_step: Callable[..., Any], params: Any, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh) -> float:
+def mean_loss(
+    eval_step: Callable[..., Any], params: Any, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh
+) -> float:
     """Mean cross-entropy in nats over all counted tokens of the batches."""
     sums = [eval_step(params, device_batch(batch, mesh)) for batch in batches]
     totals, counts = zip(*jax.device_get(sums), strict=True)

@@ -17,7 +17,9 @@ from train.evaluate import restore_params
 from train.model import ModelSpec
 
 
-def sample(logits_V: jax.Array, key: jax.Array, *, temperature: float, top_k: int | None, top_p: float | None) -> jax.Array:
+def sample(
+    logits_V: jax.Array, key: jax.Array, *, temperature: float, top_k: int | None, top_p: float | None
+) -> jax.Array:
     """Draw one token id.
 
     Args:

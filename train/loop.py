@@ -51,7 +51,9 @@ def train(config: TrainConfig, name: str) -> None:
     tokenizer = build_tokenizer(config.data)
     corpus = load_corpus(config.data, tokenizer)
     batch_size, sequence_length = config.data.batch_size, config.data.sequence_length
-    batches = training_batches(corpus, batch_size=batch_size, sequence_length=sequence_length, seed=config.seed)
+    batches = training_batches(
+        corpus, batch_size=batch_size, sequence_length=sequence_length, seed=config.seed
+    )
     spec = ModelSpec.from_config(config, tokenizer.vocab_size)
     mesh = moejax.make_mesh(data=config.mesh.data, expert=config.mesh.expert)
     if config.precision == "f32":
@@ -73,7 +75,9 @@ def train(config: TrainConfig, name: str) -> None:
         shapes = jax.eval_shape(init)
         shardings = state_shardings(spec, shapes, mesh)
         train_step = jax.jit(
-            make_train_step(spec, optimizer, schedule, mesh), donate_argnums=0, out_shardings=(shardings, None)
+            make_train_step(spec, optimizer, schedule, mesh),
+            donate_argnums=0,
+            out_shardings=(shardings, None),
         )
         eval_step = jax.jit(make_eval_step(spec))
 
@@ -140,7 +144,9 @@ def _all_finite(tree: Any) -> jax.Array:
 def _refuse_broken(step: int, state: TrainState) -> None:
     """Never let a checkpoint with NaN or Inf take the place of a good one."""
     if not _all_finite(state.params):
-        raise TrainingFailed(f"step {step}: the update made parameters NaN or Inf; lower optimizer.learning_rate")
+        raise TrainingFailed(
+            f"step {step}: the update made parameters NaN or Inf; lower optimizer.learning_rate"
+        )
 
 
 def _introduce(spec: ModelSpec, corpus: Corpus, mesh: Mesh, first: int) -> None:

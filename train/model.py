@@ -116,7 +116,11 @@ class ModelSpec:
         leaves = zip(jax.tree.leaves(self.abstract), jax.tree.leaves(self.logical_axes()), strict=True)
         for leaf, axes in leaves:
             total += leaf.size
-            active += leaf.size * experts_per_token(moe) // moe.num_experts if "experts" in axes.names else leaf.size
+            active += (
+                leaf.size * experts_per_token(moe) // moe.num_experts
+                if "experts" in axes.names
+                else leaf.size
+            )
         return total, active
 
 

@@ -145,7 +145,7 @@ class Monitor:
 class _LogFile(logging.FileHandler):
     """The log file; a line that a full disk does not take is dropped without a traceback on the terminal."""
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (logging's name)
+    def handleError(self, record: logging.LogRecord) -> None:
         """Do nothing: the metrics of the next step report the disk."""
 
 

@@ -57,7 +57,9 @@ class Reporter:
             where = "all layers are finite, the output projection is not"
         else:
             where = f"the gradient of {self._parameter_names[bad_grads[0]]} is not finite"
-        raise TrainingFailed(f"step {step}: loss {float(metrics['loss'])}: {where}; the last checkpoint is intact")
+        raise TrainingFailed(
+            f"step {step}: loss {float(metrics['loss'])}: {where}; the last checkpoint is intact"
+        )
 
     def _scalars(self, metrics: dict[str, np.ndarray]) -> dict[str, float]:
         line = {name: value.item() for name, value in metrics.items() if np.ndim(value) == 0}

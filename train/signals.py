@@ -26,12 +26,16 @@ def stop_signals() -> Iterator[Stop]:
     def request(number: int, _: Any) -> None:
         stop.number = number
         signal.signal(number, previous[number])
-        log.warning("signal %d: a checkpoint is written after this step; the same again stops at once", number)
+        log.warning(
+            "signal %d: a checkpoint is written after this step; the same again stops at once", number
+        )
 
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may handle signals
         return
-    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous: dict[int, Any] = {
+        number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield stop
     finally:

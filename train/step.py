@@ -20,7 +20,7 @@ from moejax.moe import MoEStats
 from train.model import ModelSpec
 
 Batch = dict[str, jax.Array]
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Any]
 
 # What the model sees of a batch; the iterator's bookkeeping stays on the host.
 BATCH_FIELDS = ("tokens", "targets", "segments", "positions")
@@ -44,7 +44,9 @@ class TrainState:
     key: jax.Array
 
 
-def make_init(spec: ModelSpec, optimizer: optax.GradientTransformation, seed: int) -> Callable[[], TrainState]:
+def make_init(
+    spec: ModelSpec, optimizer: optax.GradientTransformation, seed: int
+) -> Callable[[], TrainState]:
     """The state before the first step; the same on every layout."""
 
     def init() -> TrainState:
@@ -55,8 +57,8 @@ def make_init(spec: ModelSpec, optimizer: optax.GradientTransformation, seed: in
     return init
 
 
-def state_shardings(spec: ModelSpec, state: TrainState, mesh: Mesh) -> TrainState:
-    """Sharding of every leaf: optimizer moments lie with their parameters, all else is on every device."""
+def state_shardings(spec: ModelSpec, state: TrainState, mesh: Mesh) -> Any:
+    """A `TrainState` of the sharding of every leaf: optimizer moments lie with their parameters, all else is on every device."""
     params = spec.shardings(mesh)
     replicated = NamedSharding(mesh, P())
     by_path = dict(jax.tree_util.tree_leaves_with_path(params))
@@ -66,9 +68,7 @@ def state_shardings(spec: ModelSpec, state: TrainState, mesh: Mesh) -> TrainStat
         tails = (path[i:] for i in range(len(path)))
         return next((by_path[tail] for tail in tails if tail in by_path), replicated)
 
-    return TrainState(
-        replicated, params, jax.tree_util.tree_map_with_path(of, state.opt_state), replicated
-    )
+    return TrainState(replicated, params, jax.tree_util.tree_map_with_path(of, state.opt_state), replicated)
 
 
 def make_loss(spec: ModelSpec) -> Callable[[dict[str, Any], Batch, jax.Array], tuple[jax.Array, Metrics]]:
@@ -122,7 +122,7 @@ def make_train_step(
         metrics = {
             "loss": jnp.sum(reports["loss"]),
             "aux_loss": jnp.sum(reports["aux_loss"]),
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": schedule(state.step),
             "finite_layers": jnp.all(reports["finite_layers"], axis=0),
             "finite_grads": jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads)]),

@@ -20,9 +20,9 @@ class Board:
 
     def __init__(self, directory: str | os.PathLike[str], start_step: int):
         # Only here: a run that does not want TensorBoard should not pay for its import.
-        from tensorboardX.event_file_writer import EventsWriter  # type: ignore[import-untyped]
-        from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
-        from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.summary_pb2 import Summary
 
         self._event, self._summary = Event, Summary
         Path(directory).mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,9 @@ LAYOUTS = [(2, 1), (1, 2), (2, 4), (1, 8)]
 
 
 def make_layer(top_k, *, num_experts=E, **options):
-    return moejax.MoE(D, F, num_experts, top_k=top_k, balance_weight=0.3, z_weight=0.1, rngs=nnx.Rngs(1), **options)
+    return moejax.MoE(
+        D, F, num_experts, top_k=top_k, balance_weight=0.3, z_weight=0.1, rngs=nnx.Rngs(1), **options
+    )
 
 
 def layer_value_and_grads(layer, x, dy, mask=None, mesh=None):
@@ -173,7 +175,9 @@ def test_float64_is_exact_to_f64():
 def test_bf16_is_as_good_as_xla_on_the_dense_oracle():
     layer = make_layer(2, dtype=jnp.bfloat16)
     x, _ = draw()
-    exact, *_ = oracle.moe(x, layer.router.w_DE[...], layer.experts.w_in[...], layer.experts.w_out[...], top_k=2)
+    exact, *_ = oracle.moe(
+        x, layer.router.w_DE[...], layer.experts.w_in[...], layer.experts.w_out[...], top_k=2
+    )
     y, _ = layer(x)
     tolerance.assert_close(y, exact, tolerance.BF16)
 
@@ -190,7 +194,9 @@ def test_out_of_range_choices_are_counted_and_go_nowhere():
         def __call__(self, x_TD, **arguments):
             routing = super().__call__(x_TD, **arguments)
             ids = routing.ids_TK.at[0, 0].set(99).at[1, 1].set(-7).at[2, 0].set(-1)
-            return moejax.Routing(ids, *[getattr(routing, f) for f in ("weights_TK", "logits_TE", "scores_TE", "valid_T")])
+            return moejax.Routing(
+                ids, *[getattr(routing, f) for f in ("weights_TK", "logits_TE", "scores_TE", "valid_T")]
+            )
 
     _, stats = make_layer(2, router=Wild(D, E, rngs=nnx.Rngs(0)))(draw()[0])
     assert int(stats.invalid) == 2 and int(stats.load_E.sum()) == 2 * T - 3

@@ -68,7 +68,9 @@ def test_layouts_agree(layout):
 
 @pytest.mark.parametrize("remat", sorted(set(REMAT_POLICIES) - {"none"}))
 def test_remat_changes_nothing(remat):
-    assert_same(loss_and_grads(make(remat=remat), draw()), loss_and_grads(make(), draw()), tolerance.F32_MODEL)
+    assert_same(
+        loss_and_grads(make(remat=remat), draw()), loss_and_grads(make(), draw()), tolerance.F32_MODEL
+    )
 
 
 @pytest.mark.parametrize("remat", sorted(REMAT_POLICIES))
@@ -89,10 +91,14 @@ def test_chunked_loss_equals_whole_logits():
     model, batch = make(), draw()
     hidden, *_ = forward(model, batch[0], segments_BS=batch[1], positions_BS=batch[2])
     logits, targets = model.logits(hidden), batch[3]
-    log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(targets, 0)[..., None], -1)[..., 0]
+    log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(targets, 0)[..., None], -1)[
+        ..., 0
+    ]
     expected = -jnp.sum(jnp.where(targets >= 0, log_probs, 0))
     for chunk in (1000, 7):
-        tolerance.assert_close(model.loss(hidden, targets, chunk=chunk), expected, tolerance.F32, f"chunk {chunk}")
+        tolerance.assert_close(
+            model.loss(hidden, targets, chunk=chunk), expected, tolerance.F32, f"chunk {chunk}"
+        )
     assert_same(loss_and_grads(make(), batch, chunk=7), loss_and_grads(make(), batch), tolerance.F32_MODEL)
 
 
@@ -115,8 +121,12 @@ def test_logits_never_stand_whole_in_memory():
     def loss(x, w, targets):
         return moejax.losses.cross_entropy(x, w, targets, chunk)
 
-    shapes = [jax.ShapeDtypeStruct(s, d) for s, d in (((tokens, 16), jnp.float32), ((vocab, 16), jnp.float32))]
-    compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes, jax.ShapeDtypeStruct((tokens,), jnp.int32))
+    shapes = [
+        jax.ShapeDtypeStruct(s, d) for s, d in (((tokens, 16), jnp.float32), ((vocab, 16), jnp.float32))
+    ]
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(
+        *shapes, jax.ShapeDtypeStruct((tokens,), jnp.int32)
+    )
     temporary = compiled.compile().memory_analysis().temp_size_in_bytes
     assert temporary < 4 * chunk * vocab * 4 < tokens * vocab * 4 / 3
 
@@ -139,7 +149,9 @@ def test_the_future_is_not_seen():
     np.testing.assert_array_equal(hidden[:, :-1], changed[:, :-1])
 
 
-@pytest.mark.parametrize("options", [{}, {"num_kv_heads": 2, "tie_embeddings": False, "moe_layers": (0, 1)}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"num_kv_heads": 2, "tie_embeddings": False, "moe_layers": (0, 1)}], ids=str
+)
 def test_cache_gives_what_the_whole_sequence_gives(options):
     model, (tokens, *_) = make(**options), draw()
     hidden, *_ = forward(model, tokens)
@@ -148,7 +160,9 @@ def test_cache_gives_what_the_whole_sequence_gives(options):
     pieces = [first]
     for position in range(4, S):
         positions = jnp.full((B, 1), position, jnp.int32)
-        piece, *_, cache = forward(model, tokens[:, position : position + 1], positions_BS=positions, cache=cache)
+        piece, *_, cache = forward(
+            model, tokens[:, position : position + 1], positions_BS=positions, cache=cache
+        )
         pieces.append(piece)
     tolerance.assert_close(jnp.concatenate(pieces, axis=1), hidden, tolerance.F32_MODEL)
 
@@ -159,7 +173,9 @@ def test_cache_window_rolls_over():
     window, cache = 5, model.init_cache(1, 5)
     for position in range(S):
         positions = jnp.full((1, 1), position, jnp.int32)
-        last, *_, cache = forward(model, tokens[:, position : position + 1], positions_BS=positions, cache=cache)
+        last, *_, cache = forward(
+            model, tokens[:, position : position + 1], positions_BS=positions, cache=cache
+        )
     # One layer: only the last `window` tokens matter, and only relative positions do.
     expected, *_ = forward(model, tokens[:, -window:])
     tolerance.assert_close(last[:, -1], expected[:, -1], tolerance.F32_MODEL)

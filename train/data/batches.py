@@ -30,7 +30,7 @@ class TrainingBatches(Iterator[Batch]):
     ):
         """See `training_batches`."""
         # grain brings jax and orbax along: only a run that trains pays for the import.
-        import grain  # type: ignore[import-untyped]
+        import grain
 
         require_length(corpus.train, sequence_length, "training")
         if batch_size < 1:

@@ -143,8 +143,8 @@ def _read_jsonl(field: str, path: Path, text_field: str) -> Iterator[Document]:
 
 
 def _read_parquet(field: str, path: Path, text_field: str) -> Iterator[Document]:
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
+    import pyarrow
+    import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:

@@ -1,0 +1,167 @@
+"""The optimizer step: the same on every layout, split into parts or not, and free of host traffic."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import moejax
+from tests import tolerance
+from tests.moejax import oracle
+from tests.train import small
+from train.config import ModelConfig, MoEConfig, OptimizerConfig
+from train.step import make_loss
+
+
+def losses(run, data, expert, steps):
+    trainer = small.Steps(run, data, expert)
+    reports = [trainer.take(small.random_batch(run, seed % 5)) for seed in range(steps)]
+    return np.asarray([[float(r["loss"]), float(r["aux_loss"]), float(r["grad_norm"])] for r in reports])
+
+
+@pytest.mark.parametrize("layout", [(2, 1), (2, 4)], ids=str)
+def test_layouts_train_alike(layout):
+    run = small.config(steps=50)
+    expected = losses(run, 1, 1, 10)
+    np.testing.assert_allclose(losses(run, *layout, 10), expected, rtol=tolerance.F32_MODEL)
+    assert expected[-1, 0] < expected[0, 0] - 0.01, "it learns"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [(1, 2), (2, 1), (1, 4), (4, 1), (2, 2), (1, 8), (8, 1), (4, 2), (2, 4)], ids=str)
+def test_fifty_steps_agree_on_every_layout(layout):
+    run = small.config(steps=50)
+    np.testing.assert_allclose(losses(run, *layout, 50), losses(run, 1, 1, 50), rtol=tolerance.F32_MODEL)
+
+
+class DenseMoE(moejax.MoE):
+    """The MoE layer computed by the dense oracle, on the same parameters."""
+
+    def __call__(self, x, *, token_mask=None, **_):
+        y, balance, z = oracle.moe(
+            x.reshape(-1, x.shape[-1]),
+            self.router.w_DE[...],
+            self.experts.w_in[...],
+            self.experts.w_out[...],
+            top_k=self.router.top_k,
+            mask_T=token_mask.reshape(-1),
+        )
+        zero = jnp.int32(0)
+        aux = self.balance_weight * balance + self.z_weight * z
+        load = jnp.zeros(self.num_experts, jnp.int32)
+        return y.reshape(x.shape), moejax.MoEStats(aux, balance, z, load, zero, zero, zero)
+
+
+@pytest.mark.parametrize("layout", [(1, 1), (2, 4)], ids=str)
+def test_gradients_at_step_0_are_those_of_the_dense_oracle(layout, monkeypatch):
+    run = small.config()
+    trainer = small.Steps(run, *layout)
+    batch = small.random_batch(run, 0)
+    count = jnp.float32((batch["targets"] >= 0).sum())
+    with jax.set_mesh(trainer.mesh):
+        grads = jax.jit(jax.grad(make_loss(trainer.spec), has_aux=True))(
+            trainer.state.params, trainer.put(batch), count
+        )[0]
+    params = jax.tree.map(lambda p: jnp.asarray(np.asarray(p)), trainer.state.params)
+    monkeypatch.setattr("moejax.transformer.MoE", DenseMoE)
+    dense = small.Steps(run)
+    expected = jax.jit(jax.grad(make_loss(dense.spec), has_aux=True))(
+        params, jax.tree.map(jnp.asarray, batch), count
+    )[0]
+    for (path, b), a in zip(
+        jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(grads), strict=True
+    ):
+        tolerance.assert_close(a, b, tolerance.F32_MODEL, jax.tree_util.keystr(path))
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch():
+    # The balance loss is a product of means, so its gradient does depend on the part; without it all is linear.
+    moe = dataclasses.replace(
+        small.config().model.moe, routing=dataclasses.replace(small.config().model.moe.routing, balance_weight=0.0)
+    )
+    whole = small.config(model=dataclasses.replace(small.config().model, moe=moe))
+    parts = dataclasses.replace(whole, optimizer=dataclasses.replace(whole.optimizer, accumulation_steps=4))
+    a, b = (losses(run, 2, 1, 3) for run in (parts, whole))
+    np.testing.assert_allclose(a[:, [0, 2]], b[:, [0, 2]], rtol=tolerance.F32_MODEL)
+
+
+def test_bf16_trains_over_f32_parameters():
+    run = small.config(precision="bf16", steps=30, optimizer=OptimizerConfig(warmup_steps=1, learning_rate=1e-2))
+    trainer = small.Steps(run)
+    batch = small.random_batch(run, 0)
+    reports = [float(trainer.take(batch)["loss"]) for _ in range(30)]
+    exact = losses(dataclasses.replace(run, precision="f32"), 1, 1, 1)[0, 0]
+    assert reports[0] == pytest.approx(exact, rel=tolerance.BF16)
+    assert reports[-1] < 0.7 * reports[0]
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(trainer.state.params))
+
+
+@pytest.mark.parametrize("layout", [(1, 1), (2, 4)], ids=str)
+def test_the_compiled_step_never_talks_to_the_host(layout):
+    run = small.config()
+    trainer = small.Steps(run, *layout)
+    with jax.set_mesh(trainer.mesh):
+        text = trainer.step.lower(trainer.state, trainer.put(small.random_batch(run, 0))).compile().as_text()
+    for word in ("callback", "infeed", "outfeed", "send(", "recv("):
+        assert word not in text, word
+    assert ("all-to-all" in text) == (layout != (1, 1)), "the scan does see what is in the program"
+
+
+def test_a_host_callback_would_be_seen():
+    text = jax.jit(lambda x: jax.debug.print("{}", x)).lower(1.0).compile().as_text()
+    assert "callback" in text
+
+
+def test_global_norm_counts_every_expert_once():
+    run = small.config()
+    norms = []
+    for layout in ((1, 1), (1, 8), (8, 1)):
+        norms.append(float(small.Steps(run, *layout).take(small.random_batch(run, 0))["grad_norm"]))
+    np.testing.assert_allclose(norms, norms[0], rtol=tolerance.F32_MODEL)
+
+
+def test_state_lies_where_its_parameter_lies():
+    trainer = small.Steps(small.config(optimizer=OptimizerConfig(name="muon")), 2, 4)
+    specs = {
+        jax.tree_util.keystr(path): leaf.sharding.spec
+        for path, leaf in jax.tree_util.tree_leaves_with_path(trainer.state)
+        if "w_in" in jax.tree_util.keystr(path)
+    }
+    assert len(specs) == 2, "the parameter and Muon's one moment"
+    assert all(tuple(spec)[:2] == (None, "expert") for spec in specs.values())
+
+
+def test_named_parameters_are_counted():
+    spec = small.Steps(small.config()).spec
+    total, active = spec.count_parameters()
+    experts = 2 * 8 * (16 * 2 * 8 + 8 * 16)
+    assert total == sum(leaf.size for leaf in jax.tree.leaves(spec.abstract))
+    assert total - active == experts * 6 // 8
+
+
+def test_metrics_of_a_dense_model_have_no_moe_fields():
+    run = small.config(model=ModelConfig(num_layers=2, d_model=16, num_heads=2, moe_layers="none"))
+    metrics = small.Steps(run).take(small.random_batch(run, 0))
+    assert not [name for name in metrics if name.startswith("moe/")] and float(metrics["aux_loss"]) == 0
+
+
+def test_one_expert_counts_as_dead_when_it_gets_no_token():
+    run = small.config(model=ModelConfig(num_layers=2, d_model=16, num_heads=2, moe=MoEConfig(num_experts=512, d_hidden=2)))
+    metrics = small.Steps(run).take(small.random_batch(run, 0))
+    chosen = 2 * (8 * 16 - 3)
+    assert int(metrics["moe/dead_experts"]) >= 2 * (512 - chosen)
+    assert float(metrics["moe/max_vio"]) > 0 and int(metrics["moe/rounds"]) == 1
+    assert float(metrics["moe/dropped_fraction"]) == 0 and int(metrics["moe/invalid"]) == 0
+
+
+def test_nnx_state_and_plain_parameters_are_the_same_tree():
+    trainer = small.Steps(small.config())
+    model = trainer.spec.merge(trainer.state.params)
+    jax.tree.map(
+        np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(model)), trainer.state.params
+    )
+    assert optax.tree.size(trainer.state.params) == trainer.spec.count_parameters()[0]
