@@ -1,0 +1,181 @@
+"""Matrix products of rows packed by group, one matrix per group, with their gradients.
+
+Shapes: N rows, E groups (experts), D and F the two widths. Group e owns the group_sizes_E[e] rows behind those of
+the groups before it; rows behind the last group are the tail.
+
+Three products belong together, each one's gradients are the other two:
+  grouped_matmul       out_NF  = rows_ND @ w_EDF[group of row]
+  grouped_matmul_dlhs  rows_ND = dout_NF @ w_EDF[group of row] transposed
+  grouped_matmul_drhs  w_EDF   = per group, rows_ND transposed @ dout_NF
+All sum in at least f32; the tail gives 0 and is never summed, whatever stands in it.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from custom_ops import grouped_matmul_windows, reference
+from custom_ops.checks import require, require_array
+from custom_ops.varying import vary_alike
+
+
+class Implementation(NamedTuple):
+    """The three products of one implementation; each takes two operands, the group sizes and the result's dtype."""
+
+    forward: Callable[[jax.Array, jax.Array, jax.Array, DTypeLike], jax.Array]
+    dlhs: Callable[[jax.Array, jax.Array, jax.Array, DTypeLike], jax.Array]
+    drhs: Callable[[jax.Array, jax.Array, jax.Array, DTypeLike], jax.Array]
+
+
+IMPLEMENTATIONS = {
+    "windows": Implementation(
+        grouped_matmul_windows.forward, grouped_matmul_windows.dlhs, grouped_matmul_windows.drhs
+    ),
+    "reference": Implementation(
+        reference.grouped_matmul, reference.grouped_matmul_dlhs, reference.grouped_matmul_drhs
+    ),
+}
+
+
+def default_implementation() -> str:
+    """The name used when none is given.
+
+    "windows" everywhere: it is the fast one on CPU, and plain XLA, so that it is correct on a GPU too and costs no
+    more FLOPs there than the groups have; it does not fill a GPU.
+    """
+    return "windows"
+
+
+def grouped_matmul(
+    rows_ND: jax.Array,
+    w_EDF: jax.Array,
+    group_sizes_E: jax.Array,
+    *,
+    implementation: str | None = None,
+    dtype: DTypeLike | None = None,
+) -> jax.Array:
+    """out_NF: every row times the matrix of its group; tail rows give 0.
+
+    Args:
+      rows_ND: rows packed by group from row 0.
+      w_EDF: one matrix per group, of the rows' dtype.
+      group_sizes_E: int32 rows per group; what exceeds N in all is cut off.
+      implementation: a key of IMPLEMENTATIONS; None takes `default_implementation()`.
+      dtype: of the result; None takes that of the rows.
+
+    Raises:
+      ValueError: unknown implementation, or ranks, sizes or dtypes that do not belong together.
+    """
+    _check("rows_ND", "[N, D]", rows_ND, "w_EDF", "[E, D, F]", w_EDF, group_sizes_E)
+    E, D, _ = w_EDF.shape
+    require(
+        rows_ND.shape[1] == D, "rows_ND", f"width {D} as in w_EDF {w_EDF.shape}", f"shape {rows_ND.shape}"
+    )
+    require(group_sizes_E.shape[0] == E, "group_sizes_E", f"{E} groups as in w_EDF", group_sizes_E.shape)
+    rule = _rule(implementation, dtype, rows_ND)
+    return _forward(*rule, *vary_alike(rows_ND, w_EDF, group_sizes_E))
+
+
+def grouped_matmul_dlhs(
+    dout_NF: jax.Array,
+    w_EDF: jax.Array,
+    group_sizes_E: jax.Array,
+    *,
+    implementation: str | None = None,
+    dtype: DTypeLike | None = None,
+) -> jax.Array:
+    """drows_ND: every row times the transposed matrix of its group; tail rows give 0. Else as `grouped_matmul`."""
+    _check("dout_NF", "[N, F]", dout_NF, "w_EDF", "[E, D, F]", w_EDF, group_sizes_E)
+    E, _, F = w_EDF.shape
+    require(
+        dout_NF.shape[1] == F, "dout_NF", f"width {F} as in w_EDF {w_EDF.shape}", f"shape {dout_NF.shape}"
+    )
+    require(group_sizes_E.shape[0] == E, "group_sizes_E", f"{E} groups as in w_EDF", group_sizes_E.shape)
+    rule = _rule(implementation, dtype, dout_NF)
+    return _dlhs(*rule, *vary_alike(dout_NF, w_EDF, group_sizes_E))
+
+
+def grouped_matmul_drhs(
+    rows_ND: jax.Array,
+    dout_NF: jax.Array,
+    group_sizes_E: jax.Array,
+    *,
+    implementation: str | None = None,
+    dtype: DTypeLike | None = None,
+) -> jax.Array:
+    """dw_EDF: per group the sum of outer products of its rows, 0 for an empty one. Else as `grouped_matmul`."""
+    _check("rows_ND", "[N, D]", rows_ND, "dout_NF", "[N, F]", dout_NF, group_sizes_E)
+    N = rows_ND.shape[0]
+    require(dout_NF.shape[0] == N, "dout_NF", f"{N} rows as in rows_ND", f"shape {dout_NF.shape}")
+    rule = _rule(implementation, dtype, rows_ND)
+    return _drhs(*rule, *vary_alike(rows_ND, dout_NF, group_sizes_E))
+
+
+def _check(lhs_name, lhs_shape, lhs, rhs_name, rhs_shape, rhs, group_sizes_E) -> None:
+    require_array(lhs_name, lhs, lhs_shape, kind=jnp.floating)
+    require_array(rhs_name, rhs, rhs_shape, kind=jnp.floating)
+    require_array("group_sizes_E", group_sizes_E, "[E]", kind=jnp.integer)
+    require(lhs.dtype == rhs.dtype, rhs_name, f"dtype {lhs.dtype} as {lhs_name}", rhs.dtype)
+
+
+def _rule(implementation: str | None, dtype: DTypeLike | None, lhs: jax.Array) -> tuple[str, jnp.dtype]:
+    name = default_implementation() if implementation is None else implementation
+    require(name in IMPLEMENTATIONS, "implementation", f"one of {sorted(IMPLEMENTATIONS)}", repr(name))
+    return name, jnp.dtype(lhs.dtype if dtype is None else dtype)
+
+
+# The rules: static arguments first, each backward made of the other two products, so that second derivatives work.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _forward(name, dtype, rows_ND, w_EDF, sizes_E):
+    return IMPLEMENTATIONS[name].forward(rows_ND, w_EDF, sizes_E, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _dlhs(name, dtype, dout_NF, w_EDF, sizes_E):
+    return IMPLEMENTATIONS[name].dlhs(dout_NF, w_EDF, sizes_E, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _drhs(name, dtype, rows_ND, dout_NF, sizes_E):
+    return IMPLEMENTATIONS[name].drhs(rows_ND, dout_NF, sizes_E, dtype)
+
+
+def _forward_fwd(name, dtype, rows_ND, w_EDF, sizes_E):
+    return _forward(name, dtype, rows_ND, w_EDF, sizes_E), (rows_ND, w_EDF, sizes_E)
+
+
+def _forward_bwd(name, dtype, saved, dout_NF):
+    rows_ND, w_EDF, sizes_E = saved
+    drows_ND = _dlhs(name, rows_ND.dtype, dout_NF, w_EDF, sizes_E)
+    return drows_ND, _drhs(name, w_EDF.dtype, rows_ND, dout_NF, sizes_E), None
+
+
+def _dlhs_fwd(name, dtype, dout_NF, w_EDF, sizes_E):
+    return _dlhs(name, dtype, dout_NF, w_EDF, sizes_E), (dout_NF, w_EDF, sizes_E)
+
+
+def _dlhs_bwd(name, dtype, saved, g_ND):
+    dout_NF, w_EDF, sizes_E = saved
+    ddout_NF = _forward(name, dout_NF.dtype, g_ND, w_EDF, sizes_E)
+    return ddout_NF, _drhs(name, w_EDF.dtype, g_ND, dout_NF, sizes_E), None
+
+
+def _drhs_fwd(name, dtype, rows_ND, dout_NF, sizes_E):
+    return _drhs(name, dtype, rows_ND, dout_NF, sizes_E), (rows_ND, dout_NF, sizes_E)
+
+
+def _drhs_bwd(name, dtype, saved, g_EDF):
+    rows_ND, dout_NF, sizes_E = saved
+    drows_ND = _dlhs(name, rows_ND.dtype, dout_NF, g_EDF, sizes_E)
+    return drows_ND, _forward(name, dout_NF.dtype, rows_ND, g_EDF, sizes_E), None
+
+
+_forward.defvjp(_forward_fwd, _forward_bwd)
+_dlhs.defvjp(_dlhs_fwd, _dlhs_bwd)
+_drhs.defvjp(_drhs_fwd, _drhs_bwd)

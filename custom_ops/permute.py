@@ -1,0 +1,196 @@
+"""permute copies token rows into the order of a plan, unpermute sums each token's rows again.
+
+Shapes: T tokens, K choices per token, N rows, D width. Each op is the other's transpose; both directions of both are
+gathers through the plan's two tables, so no floating-point number is ever scattered and sums have a fixed order.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from custom_ops.checks import require, require_array
+from custom_ops.plan import DispatchPlan
+from custom_ops.varying import vary_alike
+
+
+def permute(x_TD: jax.Array, plan: DispatchPlan, weights_TK: jax.Array | None = None) -> jax.Array:
+    """rows_ND: row n is the row of its token, times the weight of its choice if weights are given.
+
+    Empty rows are exactly 0, whatever stands in x. The product is formed in at least f32; the result has the dtype
+    of x, which may be an integer type when there are no weights.
+
+    Raises:
+      ValueError: ranks, dtypes or sizes that do not belong together.
+    """
+    require_array("x_TD", x_TD, "[T, D]")
+    T, K = plan.position_TK.shape
+    require(x_TD.shape[0] == T, "x_TD", f"{T} tokens as in the plan", f"shape {x_TD.shape}")
+    if weights_TK is not None:
+        _require_weights(weights_TK, x_TD, "x_TD", (T, K))
+        x_TD, weights_TK, plan = _vary_alike(x_TD, weights_TK, plan)
+        return _permute_weighted(x_TD, weights_TK, plan)
+    x_TD, _, plan = _vary_alike(x_TD, None, plan)
+    if not jnp.issubdtype(x_TD.dtype, jnp.inexact):
+        return _gather_tokens(x_TD, plan)
+    return _permute(x_TD, plan)
+
+
+def unpermute(rows_ND: jax.Array, plan: DispatchPlan, weights_TK: jax.Array | None = None) -> jax.Array:
+    """y_TD: the sum of each token's rows, each times the weight of its choice if weights are given.
+
+    Empty rows are never read, so whatever stands in them reaches neither the result nor a gradient. Sums are formed
+    in at least f32; the result has the dtype of the rows.
+
+    Raises:
+      ValueError: ranks, dtypes or sizes that do not belong together.
+    """
+    require_array("rows_ND", rows_ND, "[N, D]", kind=jnp.floating)
+    N = plan.choice_N.shape[0]
+    require(rows_ND.shape[0] == N, "rows_ND", f"{N} rows as in the plan", f"shape {rows_ND.shape}")
+    if weights_TK is not None:
+        _require_weights(weights_TK, rows_ND, "rows_ND", plan.position_TK.shape)
+        rows_ND, weights_TK, plan = _vary_alike(rows_ND, weights_TK, plan)
+        return _unpermute_weighted(rows_ND, weights_TK, plan)
+    rows_ND, _, plan = _vary_alike(rows_ND, None, plan)
+    return _unpermute(rows_ND, plan)
+
+
+def _require_weights(weights_TK, payload, name, shape) -> None:
+    require_array("weights_TK", weights_TK, "[T, K]", kind=jnp.floating)
+    require(weights_TK.shape == shape, "weights_TK", f"shape {shape} as in the plan", weights_TK.shape)
+    require(
+        jnp.issubdtype(payload.dtype, jnp.floating), name, "a floating dtype beside weights", payload.dtype
+    )
+
+
+def _vary_alike(payload, weights_TK, plan: DispatchPlan):
+    leaves, treedef = jax.tree.flatten((payload, weights_TK, plan))
+    return jax.tree.unflatten(treedef, vary_alike(*leaves))
+
+
+# The gathers -----------------------------------------------------------------------------------------------------
+
+
+def _wide(dtype) -> jnp.dtype:
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _take_rows(table: jax.Array, index: jax.Array) -> jax.Array:
+    """Rows of a table by index; -1 gives some row, which the caller masks."""
+    if table.shape[0] == 0:
+        return jnp.zeros(index.shape + table.shape[1:], table.dtype)
+    return table.at[jnp.maximum(index, 0)].get(mode="promise_in_bounds", wrap_negative_indices=False)
+
+
+def _gather_tokens(x_TD, plan: DispatchPlan, weights_TK=None):
+    rows_ND = _take_rows(x_TD, plan.token_N)
+    if weights_TK is not None:
+        weights_N = _take_rows(weights_TK.reshape(-1), plan.choice_N)
+        rows_ND = rows_ND.astype(_wide(x_TD.dtype)) * weights_N.astype(_wide(x_TD.dtype))[:, None]
+    return jnp.where((plan.choice_N >= 0)[:, None], rows_ND, 0).astype(x_TD.dtype)
+
+
+def _gather_sum(rows_ND, plan: DispatchPlan, weights_TK=None):
+    """One gather per choice, fused into a running sum: a [T, K, D] array never exists."""
+    wide = _wide(rows_ND.dtype)
+    sum_TD = jnp.zeros((plan.position_TK.shape[0], rows_ND.shape[1]), wide)
+    for k in range(plan.num_choices):
+        position_T = plan.position_TK[:, k]
+        term_TD = _take_rows(rows_ND, position_T).astype(wide)
+        if weights_TK is not None:
+            term_TD = term_TD * weights_TK[:, k, None].astype(wide)
+        sum_TD = sum_TD + jnp.where((position_T >= 0)[:, None], term_TD, 0)
+    return sum_TD.astype(rows_ND.dtype)
+
+
+def _gather_dot(rows_ND, y_TD, plan: DispatchPlan, dtype):
+    """For every choice the inner product of its row with its token's row, [T, K]; 0 without a row."""
+    wide = _wide(rows_ND.dtype)
+    y_TD = y_TD.astype(wide)
+    dots = []
+    for k in range(plan.num_choices):
+        position_T = plan.position_TK[:, k]
+        dot_T = jnp.sum(_take_rows(rows_ND, position_T).astype(wide) * y_TD, axis=-1)
+        dots.append(jnp.where(position_T >= 0, dot_T, 0))
+    return jnp.stack(dots, axis=-1).astype(dtype)
+
+
+# The rules: each backward calls the public kind of op again, so that it can be differentiated in turn ---------------
+
+
+@jax.custom_vjp
+def _permute(x_TD, plan):
+    return _gather_tokens(x_TD, plan)
+
+
+@jax.custom_vjp
+def _unpermute(rows_ND, plan):
+    return _gather_sum(rows_ND, plan)
+
+
+@jax.custom_vjp
+def _permute_weighted(x_TD, weights_TK, plan):
+    return _gather_tokens(x_TD, plan, weights_TK)
+
+
+@jax.custom_vjp
+def _unpermute_weighted(rows_ND, weights_TK, plan):
+    return _gather_sum(rows_ND, plan, weights_TK)
+
+
+@jax.custom_vjp
+def _row_dot(rows_ND, y_TD, weights_TK, plan):
+    """The weights' gradient; `weights_TK` only lends its dtype."""
+    return _gather_dot(rows_ND, y_TD, plan, weights_TK.dtype)
+
+
+def _permute_fwd(x_TD, plan):
+    return _permute(x_TD, plan), plan
+
+
+def _permute_bwd(plan, drows_ND):
+    return _unpermute(drows_ND, plan), None
+
+
+def _unpermute_fwd(rows_ND, plan):
+    return _unpermute(rows_ND, plan), plan
+
+
+def _unpermute_bwd(plan, dy_TD):
+    return _permute(dy_TD, plan), None
+
+
+def _permute_weighted_fwd(x_TD, weights_TK, plan):
+    return _permute_weighted(x_TD, weights_TK, plan), (x_TD, weights_TK, plan)
+
+
+def _permute_weighted_bwd(saved, drows_ND):
+    x_TD, weights_TK, plan = saved
+    dx_TD = _unpermute_weighted(drows_ND, weights_TK, plan)
+    return dx_TD, _row_dot(drows_ND, x_TD, weights_TK, plan), None
+
+
+def _unpermute_weighted_fwd(rows_ND, weights_TK, plan):
+    return _unpermute_weighted(rows_ND, weights_TK, plan), (rows_ND, weights_TK, plan)
+
+
+def _unpermute_weighted_bwd(saved, dy_TD):
+    rows_ND, weights_TK, plan = saved
+    drows_ND = _permute_weighted(dy_TD, weights_TK, plan)
+    return drows_ND, _row_dot(rows_ND, dy_TD, weights_TK, plan), None
+
+
+def _row_dot_fwd(rows_ND, y_TD, weights_TK, plan):
+    return _row_dot(rows_ND, y_TD, weights_TK, plan), (rows_ND, y_TD, plan)
+
+
+def _row_dot_bwd(saved, ddot_TK):
+    rows_ND, y_TD, plan = saved
+    drows_ND = _permute_weighted(y_TD, ddot_TK, plan)
+    return drows_ND, _unpermute_weighted(rows_ND, ddot_TK, plan), jnp.zeros_like(ddot_TK), None
+
+
+_permute.defvjp(_permute_fwd, _permute_bwd)
+_unpermute.defvjp(_unpermute_fwd, _unpermute_bwd)
+_permute_weighted.defvjp(_permute_weighted_fwd, _permute_weighted_bwd)
+_unpermute_weighted.defvjp(_unpermute_weighted_fwd, _unpermute_weighted_bwd)
+_row_dot.defvjp(_row_dot_fwd, _row_dot_bwd)

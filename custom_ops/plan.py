@@ -1,0 +1,168 @@
+"""The dispatch plan: which row of a buffer belongs to which choice of which token.
+
+Shapes: T tokens, K choices per token, P destinations, N rows, B rows of one bucket.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from custom_ops.checks import MAX_ELEMENTS, require, require_array
+from custom_ops.varying import vary_like
+
+# Up to here counting beats sorting on a CPU (0.15 against 0.5 ms at T*K = 8192, P = 8; equal near 40).
+_COUNTING_MAX_DESTINATIONS = 32
+# Lanes are counted side by side, so that the scan has about this many steps however many choices there are.
+_COUNTING_STEPS = 128
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DispatchPlan:
+    """Row order of one dispatch level, as made by `make_plan`. A choice is the flat index t * K + k.
+
+    Attributes:
+      position_TK: int32, the row of each choice; -1 when it has no row of its own.
+      choice_N: int32, the choice that each row belongs to; -1 for an empty row.
+      group_sizes_P: int32, the rows present per destination.
+      served_TK: bool, the choice is carried out, by a row of its own or by one it shares (`unique`).
+      num_invalid: int32 scalar, destinations that were neither -1 nor in [0, P), and were treated as -1.
+      num_choices: K (static).
+    """
+
+    position_TK: jax.Array
+    choice_N: jax.Array
+    group_sizes_P: jax.Array
+    served_TK: jax.Array
+    num_invalid: jax.Array
+    num_choices: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def token_N(self) -> jax.Array:
+        """int32, the token of each row; -1 for an empty row."""
+        return jnp.where(self.choice_N >= 0, self.choice_N // self.num_choices, -1)
+
+
+def make_plan(
+    dest_TK: jax.Array, num_destinations: int, bucket_rows: int | None = None, *, unique: bool = False
+) -> DispatchPlan:
+    """Order the choices of all tokens by destination, stably (token by token, choice by choice).
+
+    Args:
+      dest_TK: int32 destinations; -1 is none. Values out of range are treated as -1 and counted.
+      num_destinations: P.
+      bucket_rows: None packs all rows: N = T * K, sorted by destination, empty rows last. B gives every
+        destination its own B rows: N = P * B, destination p owns rows p * B .. p * B + B - 1; what does not fit is
+        clipped, the first in token order stay.
+      unique: choices of one token with the same destination share one row, which belongs to the first of them.
+
+    Raises:
+      ValueError: wrong rank or dtype, P or B not positive, or a buffer of 2**31 rows and more.
+    """
+    require_array("dest_TK", dest_TK, "[T, K]", kind=jnp.integer)
+    require(num_destinations >= 1, "num_destinations", "at least 1", num_destinations)
+    require(bucket_rows is None or bucket_rows >= 1, "bucket_rows", "None or at least 1", bucket_rows)
+    T, K = dest_TK.shape
+    P, M = num_destinations, T * K
+    require(K >= 1, "dest_TK", "at least one choice per token [T, K]", f"shape {dest_TK.shape}")
+    N = M if bucket_rows is None else P * bucket_rows
+    require(N < MAX_ELEMENTS, "bucket_rows", "num_destinations * bucket_rows below 2**31", N)
+    dest_TK = dest_TK.astype(jnp.int32)
+    if M == 0:
+        return _empty_plan(dest_TK, P, N)
+
+    valid_TK = (dest_TK >= 0) & (dest_TK < P)
+    num_invalid = jnp.sum(~valid_TK & (dest_TK != -1), dtype=jnp.int32)
+    dest_TK = jnp.where(valid_TK, dest_TK, P)
+    first_TK = _first_same_destination(dest_TK) if unique else lax.broadcasted_iota(jnp.int32, (T, K), 1)
+    # Only the first of a token's equal choices has a row; P stands for "no row" from here on.
+    dest_M = jnp.where(first_TK == lax.broadcasted_iota(jnp.int32, (T, K), 1), dest_TK, P).reshape(M)
+
+    order = _order_by_counting if P <= _COUNTING_MAX_DESTINATIONS else _order_by_sorting
+    slot_M, choice_M, counts_P = order(dest_M, P)
+    starts_P = jnp.cumsum(counts_P, dtype=jnp.int32) - counts_P
+    if bucket_rows is None:
+        position_M = jnp.where(dest_M < P, slot_M, -1)
+        choice_N = jnp.where(lax.iota(jnp.int32, M) < jnp.sum(counts_P), choice_M, -1)
+        group_sizes_P = counts_P
+    else:
+        rank_M = slot_M - _take(starts_P, jnp.minimum(dest_M, P - 1))
+        kept_M = (dest_M < P) & (rank_M < bucket_rows)
+        position_M = jnp.where(kept_M, dest_M * bucket_rows + rank_M, -1)
+        group_sizes_P = jnp.minimum(counts_P, bucket_rows)
+        row_PB = lax.broadcasted_iota(jnp.int32, (P, bucket_rows), 1)
+        source_PB = jnp.minimum(starts_P[:, None] + row_PB, M - 1)
+        choice_N = jnp.where(row_PB < group_sizes_P[:, None], _take(choice_M, source_PB), -1).reshape(N)
+
+    position_TK = position_M.reshape(T, K)
+    served_TK = valid_TK & (jnp.take_along_axis(position_TK, first_TK, axis=1) >= 0)
+    return DispatchPlan(position_TK, choice_N, group_sizes_P, served_TK, num_invalid, K)
+
+
+def _empty_plan(dest_TK: jax.Array, P: int, N: int) -> DispatchPlan:
+    def zeros(shape):
+        return vary_like(jnp.zeros(shape, jnp.int32), dest_TK)
+
+    return DispatchPlan(
+        dest_TK, zeros((N,)) - 1, zeros((P,)), zeros(dest_TK.shape) > 0, zeros(()), dest_TK.shape[1]
+    )
+
+
+def _first_same_destination(dest_TK: jax.Array) -> jax.Array:
+    """For each choice the lowest index of a choice of the same token with the same destination, int32 [T, K]."""
+    same_TKK = dest_TK[:, :, None] == dest_TK[:, None, :]
+    return jnp.argmax(same_TKK, axis=-1).astype(jnp.int32)
+
+
+def _take(table: jax.Array, index: jax.Array) -> jax.Array:
+    return table.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
+
+
+def _order_by_sorting(dest_M: jax.Array, P: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Stable order of the choices by destination (P sorts last).
+
+    Returns slot_M (sorted place of each choice), choice_M (choice at each sorted place), counts_P.
+    """
+    M = dest_M.shape[0]
+    iota_M = lax.iota(jnp.int32, M)
+    if (P + 1) * M < MAX_ELEMENTS:
+        # Unique keys make an unstable one-operand sort stable; it takes a third of the time of two operands.
+        key_M = lax.sort(dest_M * M + iota_M, is_stable=False)
+        sorted_M, choice_M = key_M // M, key_M % M
+    else:
+        sorted_M, choice_M = lax.sort((dest_M, iota_M), num_keys=1, is_stable=True)
+    slot_M = (
+        jnp.zeros_like(iota_M)
+        .at[choice_M]
+        .set(iota_M, unique_indices=True, mode="promise_in_bounds", wrap_negative_indices=False)
+    )
+    ends_P = jnp.searchsorted(sorted_M, lax.iota(jnp.int32, P), side="right").astype(jnp.int32)
+    return slot_M, choice_M, jnp.diff(ends_P, prepend=jnp.zeros_like(ends_P[:1]))
+
+
+def _order_by_counting(dest_M: jax.Array, P: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As `_order_by_sorting`; slots of choices with destination P are M, their places in choice_M hold 0."""
+    M = dest_M.shape[0]
+    lanes = -(-M // _COUNTING_STEPS)
+    steps = -(-M // lanes)
+    dest_CS = jnp.pad(dest_M, (0, lanes * steps - M), constant_values=P).reshape(lanes, steps)
+
+    def step(seen_CP, dest_C):
+        here_CP = dest_C[:, None] == lax.broadcasted_iota(jnp.int32, (1, P), 1)
+        return seen_CP + here_CP, jnp.sum(jnp.where(here_CP, seen_CP, 0), axis=1)
+
+    seen_CP, rank_SC = lax.scan(step, vary_like(jnp.zeros((lanes, P), jnp.int32), dest_M), dest_CS.T)
+    counts_P = jnp.sum(seen_CP, axis=0, dtype=jnp.int32)
+    # A lane's first row of destination p stands behind all smaller destinations and all earlier lanes.
+    starts_P = jnp.cumsum(counts_P, dtype=jnp.int32) - counts_P
+    starts_CP = starts_P[None, :] + jnp.cumsum(seen_CP, axis=0) - seen_CP
+    starts_M = jnp.take_along_axis(starts_CP, jnp.minimum(dest_CS, P - 1), axis=1)
+    slot_M = jnp.where(dest_CS < P, starts_M + rank_SC.T, M).reshape(-1)[:M]
+    choice_M = (
+        jnp.zeros_like(slot_M)
+        .at[slot_M]
+        .set(lax.iota(jnp.int32, M), unique_indices=False, mode="drop", wrap_negative_indices=False)
+    )
+    return slot_M, choice_M, counts_P

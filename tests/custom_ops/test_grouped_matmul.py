@@ -1,0 +1,269 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from custom_ops import grouped_matmul, grouped_matmul_dlhs, grouped_matmul_drhs, reference
+from custom_ops.grouped_matmul import default_implementation
+from tests import tolerance
+from tests.tolerance import assert_close
+
+# name: (N, D, F, group sizes); N beyond the sum of the sizes is the tail.
+CASES = {
+    "even": (64, 8, 12, (16, 16, 16, 16)),
+    "odd sizes and tail": (1301, 7, 5, (0, 601, 1, 0, 130, 37, 0)),
+    "one takes all": (300, 5, 3, (0, 300, 0)),
+    "all empty": (40, 5, 3, (0, 0, 0)),
+    "one row": (1, 3, 2, (0, 1)),
+    "no row": (0, 3, 2, (0, 0)),
+    "one group": (33, 4, 4, (20,)),
+    "small groups at the end": (530, 3, 4, (500, 10, 15, 5)),
+}
+DTYPES = {
+    jnp.float32.dtype: tolerance.F32,
+    jnp.float64.dtype: tolerance.F64,
+    jnp.bfloat16.dtype: tolerance.BF16,
+}
+
+
+def operands(name, dtype=jnp.float32):
+    N, D, F, sizes = CASES[name]
+    draw = np.random.default_rng(5).standard_normal
+    arrays = [jnp.asarray(draw(s), dtype) for s in ((N, D), (len(sizes), D, F), (N, F))]
+    return *arrays, jnp.asarray(sizes, jnp.int32)
+
+
+def value_and_gradients(product, rows, w, sizes, dout):
+    out, pullback = jax.vjp(lambda rows, w: product(rows, w, sizes), rows, w)
+    return out, *pullback(dout)
+
+
+class GroupedMatmulConformance:
+    """What every implementation has to do."""
+
+    implementation: str
+
+    def product(self, rows, w, sizes, dtype=None):
+        return grouped_matmul(rows, w, sizes, implementation=self.implementation, dtype=dtype)
+
+    def all_three(self, rows, w, dout, sizes):
+        name = self.implementation
+        return (
+            grouped_matmul(rows, w, sizes, implementation=name),
+            grouped_matmul_dlhs(dout, w, sizes, implementation=name),
+            grouped_matmul_drhs(rows, dout, sizes, implementation=name),
+        )
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("name", CASES)
+    def test_values_and_gradients(self, name, dtype):
+        with jax.enable_x64(dtype == jnp.float64):
+            rows, w, dout, sizes = operands(name, dtype)
+            actual = jax.jit(lambda *a: value_and_gradients(self.product, *a))(rows, w, sizes, dout)
+            # The oracle gets the same numbers in f64 and plain differentiation.
+            with jax.enable_x64(True):
+                wide = (rows.astype(jnp.float64), w.astype(jnp.float64), sizes, dout.astype(jnp.float64))
+                expected = value_and_gradients(reference.grouped_matmul, *wide)
+            for part, got, want in zip(("out", "drows", "dw"), actual, expected, strict=True):
+                assert got.dtype == dtype
+                got = got.astype(jnp.float32) if got.itemsize < 4 else got
+                assert_close(got, want, DTYPES[dtype], part)
+
+    @pytest.mark.parametrize("name", ["odd sizes and tail", "one group", "all empty"])
+    def test_poisoned_tail_stays_out(self, name):
+        rows, w, dout, sizes = operands(name)
+        tail = (jnp.arange(rows.shape[0]) >= sizes.sum())[:, None]
+        clean = jax.jit(self.all_three)(rows, w, dout, sizes)
+        dirty = jax.jit(self.all_three)(
+            jnp.where(tail, jnp.nan, rows), w, jnp.where(tail, jnp.inf, dout), sizes
+        )
+        for got, want in zip(dirty, clean, strict=True):
+            np.testing.assert_array_equal(got, want)
+        for product in dirty[:2]:
+            assert (product[int(sizes.sum()) :] == 0).all()
+
+    def test_a_bad_row_stays_in_its_group(self):
+        rows, w, dout, sizes = operands("odd sizes and tail")
+        rows = rows.at[601].set(jnp.nan)  # the only row of group 2
+        out, _, dw = jax.jit(self.all_three)(rows, w, dout, sizes)
+        np.testing.assert_array_equal(jnp.flatnonzero(jnp.isnan(out).any(axis=1)), [601])
+        np.testing.assert_array_equal(jnp.flatnonzero(jnp.isnan(dw).any(axis=(1, 2))), [2])
+
+    def test_accumulates_and_returns_wide_on_request(self):
+        rows, w, dout, sizes = operands("odd sizes and tail", jnp.bfloat16)
+        got = jax.jit(lambda *a: self.product(*a, dtype=jnp.float32))(rows, w, sizes)
+        wide = [a.astype(jnp.float32) for a in (rows, w)]
+        assert got.dtype == jnp.float32
+        assert_close(got, reference.grouped_matmul(*wide, sizes), tolerance.F32)
+        dw = jax.jit(
+            lambda r, d, s: grouped_matmul_drhs(
+                r, d, s, implementation=self.implementation, dtype=jnp.float32
+            )
+        )(rows, dout, sizes)
+        assert_close(
+            dw,
+            reference.grouped_matmul_drhs(rows.astype(jnp.float32), dout.astype(jnp.float32), sizes),
+            tolerance.F32,
+        )
+
+    def test_repeats_bitwise(self):
+        rows, w, dout, sizes = operands("odd sizes and tail")
+        run = jax.jit(self.all_three)
+        first = run(rows, w, dout, sizes)
+        for _ in range(5):
+            jax.tree.map(np.testing.assert_array_equal, run(rows, w, dout, sizes), first)
+
+    def test_second_derivatives(self):
+        rows, w, _, sizes = operands("one group")
+
+        def slope(product):
+            def squared(rows, w):
+                grads = jax.grad(lambda r, w: jnp.sum(jnp.sin(product(r, w, sizes))), (0, 1))(rows, w)
+                return sum(jnp.sum(g**2) for g in grads)
+
+            return jax.jit(jax.grad(squared, (0, 1)))(rows, w)
+
+        for got, want in zip(slope(self.product), slope(reference.grouped_matmul), strict=True):
+            assert_close(got, want, tolerance.F32_MODEL)
+
+    def test_under_remat_and_scan(self):
+        rows, w, _, sizes = operands("even")
+        w = w[:, :, :8] / 3
+
+        def loss(product, wrap):
+            def layer(x, _):
+                return jnp.sin(product(x, w, sizes)), None
+
+            return lambda x: jnp.sum(jax.lax.scan(wrap(layer), x, None, length=3)[0])
+
+        got = jax.jit(jax.grad(loss(self.product, jax.checkpoint)))(rows)
+        want = jax.jit(jax.grad(loss(reference.grouped_matmul, lambda f: f)))(rows)
+        assert_close(got, want, tolerance.F32_MODEL)
+
+    def test_under_vmap(self):
+        rows, w, dout, sizes = operands("even")
+        many_sizes = jnp.stack([sizes, jnp.asarray([0, 60, 0, 1]), jnp.asarray([5, 4, 3, 2])])
+        many_rows = jnp.stack([rows, rows[::-1], 2 * rows])
+
+        def run(rows, sizes):
+            return value_and_gradients(self.product, rows, w, sizes, dout)
+
+        batched = jax.jit(jax.vmap(run))(many_rows, many_sizes)
+        for i in range(3):
+            expected = value_and_gradients(reference.grouped_matmul, many_rows[i], w, many_sizes[i], dout)
+            for got, want in zip(batched, expected, strict=True):
+                assert_close(got[i], want, tolerance.F32)
+
+    @pytest.mark.parametrize("shared_w", [False, True], ids=["own w", "same w"])
+    @pytest.mark.parametrize("check_vma", [True, False])
+    def test_inside_shard_map(self, check_vma, shared_w):
+        """Four devices with different group sizes; a w that all of them share gets the sum of gradients."""
+        if shared_w and not check_vma:
+            pytest.skip("without varying-axes checks nothing tells that w is shared: the caller has to sum")
+        mesh = jax.make_mesh((4,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+        draw = np.random.default_rng(6)
+        rows = jnp.asarray(draw.standard_normal((4 * 50, 6)), jnp.float32)
+        w = jnp.asarray(draw.standard_normal((3 if shared_w else 12, 6, 5)), jnp.float32)
+        sizes = jnp.asarray([10, 20, 5, 0, 0, 0, 50, 0, 0, 1, 0, 49], jnp.int32)
+
+        def body(rows, w, sizes):
+            return jax.grad(lambda r, w: jnp.sum(jnp.sin(self.product(r, w, sizes))), (0, 1))(rows, w)
+
+        spec = jax.P("expert")
+        w_spec = jax.P() if shared_w else spec
+        sharded = jax.shard_map(
+            body, mesh=mesh, in_specs=(spec, w_spec, spec), out_specs=(spec, w_spec), check_vma=check_vma
+        )
+        drows, dw = jax.jit(sharded)(rows, w, sizes)
+        expected_dw = []
+        for i in range(4):
+            w_here = w if shared_w else w[3 * i : 3 * i + 3]
+
+            def loss(rows, w, i=i):
+                return jnp.sum(jnp.sin(reference.grouped_matmul(rows, w, sizes[3 * i : 3 * i + 3])))
+
+            expected = jax.grad(loss, (0, 1))(rows[50 * i : 50 * i + 50], w_here)
+            assert_close(drows[50 * i : 50 * i + 50], expected[0], tolerance.F32)
+            expected_dw.append(expected[1])
+        assert_close(dw, sum(expected_dw) if shared_w else jnp.concatenate(expected_dw), tolerance.F32)
+
+    @settings(deadline=None, max_examples=20)
+    @given(st.lists(st.integers(0, 150), min_size=4, max_size=4), st.booleans())
+    def test_drawn_sizes(self, sizes, poison):
+        N, D, F = 600, 3, 4  # one shape, compiled once
+        draw = np.random.default_rng(8).standard_normal
+        rows, dout = jnp.asarray(draw((N, D)), jnp.float32), jnp.asarray(draw((N, F)), jnp.float32)
+        w, sizes = jnp.asarray(draw((4, D, F)), jnp.float32), jnp.asarray(sizes, jnp.int32)
+        tail = (jnp.arange(N) >= sizes.sum())[:, None]
+        expected = (
+            reference.grouped_matmul(rows, w, sizes),
+            reference.grouped_matmul_dlhs(dout, w, sizes),
+            reference.grouped_matmul_drhs(rows, dout, sizes),
+        )
+        bad = jnp.where(tail, jnp.nan, 0) if poison else jnp.zeros((N, 1))
+        for got, want in zip(_compiled(self)(rows + bad, w, dout + bad, sizes), expected, strict=True):
+            assert_close(got, want, tolerance.F32)
+
+
+def _compiled(conformance, cache={}):  # noqa: B006  (the cache is meant)
+    return cache.setdefault(conformance.implementation, jax.jit(conformance.all_three))
+
+
+class TestWindows(GroupedMatmulConformance):
+    implementation = "windows"
+
+    def test_sizes_beyond_the_rows_are_cut_off(self):
+        rows, w, dout, _ = operands("even")
+        got = self.all_three(rows, w, dout, jnp.asarray([40, 40, 40, 3], jnp.int32))
+        want = self.all_three(rows, w, dout, jnp.asarray([40, 24, 0, 0], jnp.int32))
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+
+    def test_one_loop_over_groups_whatever_their_number(self):
+        def instructions(E):
+            args = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((64, 4), (E, 4, 4))]
+            sizes = jax.ShapeDtypeStruct((E,), jnp.int32)
+            return jax.jit(self.product).lower(*args, sizes).as_text().count("\n")
+
+        assert instructions(64) == instructions(4)
+
+
+class TestReference(GroupedMatmulConformance):
+    implementation = "reference"
+
+
+def test_agrees_with_ragged_dot():
+    rows, w, _, sizes = operands("odd sizes and tail")
+    assert_close(jax.jit(grouped_matmul)(rows, w, sizes), jax.lax.ragged_dot(rows, w, sizes), tolerance.F32)
+
+
+def test_default_is_a_known_implementation():
+    rows, w, _, sizes = operands("even")
+    named = grouped_matmul(rows, w, sizes, implementation=default_implementation())
+    np.testing.assert_array_equal(grouped_matmul(rows, w, sizes), named)
+
+
+ROWS, W, DOUT, SIZES = jnp.zeros((6, 3)), jnp.zeros((2, 3, 4)), jnp.zeros((6, 4)), jnp.zeros((2,), jnp.int32)
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: grouped_matmul(ROWS[0], W, SIZES), ("rows_ND", "rank 2", "(3,)")),
+        (lambda: grouped_matmul(ROWS, W[0], SIZES), ("w_EDF", "rank 3", "(3, 4)")),
+        (lambda: grouped_matmul(ROWS, W[:, :2], SIZES), ("rows_ND", "width 2", "(6, 3)")),
+        (lambda: grouped_matmul(ROWS, W, SIZES[:1]), ("group_sizes_E", "2 groups", "(1,)")),
+        (lambda: grouped_matmul(ROWS, W, SIZES.astype(jnp.float32)), ("group_sizes_E", "integer", "float32")),
+        (lambda: grouped_matmul(ROWS.astype(int), W, SIZES), ("rows_ND", "floating", "int32")),
+        (lambda: grouped_matmul(ROWS, W.astype(jnp.bfloat16), SIZES), ("w_EDF", "float32", "bfloat16")),
+        (lambda: grouped_matmul(ROWS, W, SIZES, implementation="window"), ("implementation", "windows")),
+        (lambda: grouped_matmul_dlhs(ROWS, W, SIZES), ("dout_NF", "width 4", "(6, 3)")),
+        (lambda: grouped_matmul_dlhs(DOUT, W, SIZES[:1]), ("group_sizes_E", "2 groups")),
+        (lambda: grouped_matmul_drhs(ROWS, DOUT[:5], SIZES), ("dout_NF", "6 rows", "(5, 4)")),
+    ],
+)
+def test_refuses(call, words):
+    with pytest.raises(ValueError) as error:
+        call()
+    assert all(word in str(error.value) for word in words), error.value

@@ -1,0 +1,225 @@
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import custom_ops
+from custom_ops import make_plan, reference
+from tests import tolerance
+from tests.tolerance import assert_close
+
+# name: (destinations, P, bucket_rows, unique)
+PLANS = {
+    "packed": (np.random.default_rng(0).integers(-1, 5, (11, 3)), 5, None, False),
+    "clipped": (np.random.default_rng(1).integers(-2, 6, (11, 3)), 5, 3, False),
+    "unique": (np.random.default_rng(2).integers(-1, 3, (11, 4)), 3, 9, True),
+    "one takes all": (np.full((6, 2), 1), 3, None, False),
+    "all -1": (np.full((6, 2), -1), 3, 2, False),
+    "one token": (np.array([[2, 2, 0]]), 3, None, False),
+    "no token": (np.zeros((0, 2)), 3, 2, False),
+}
+DTYPES = {
+    jnp.float32.dtype: tolerance.F32,
+    jnp.float64.dtype: tolerance.F64,
+    jnp.bfloat16.dtype: tolerance.BF16,
+}
+
+
+def case(name, dtype=jnp.float32, D=5):
+    dest, P, B, unique = PLANS[name]
+    plan = make_plan(jnp.asarray(dest, jnp.int32), P, B, unique=unique)
+    draw = np.random.default_rng(7).standard_normal
+    (T, K), N = dest.shape, plan.choice_N.shape[0]
+    x, rows, weights = draw((T, D)), draw((N, D)), draw((T, K))
+    return plan, jnp.asarray(x, dtype), jnp.asarray(rows, dtype), jnp.asarray(weights, dtype)
+
+
+def value_and_gradients(op, payload, weights, plan, cotangent):
+    """(result, d payload, d weights) in one compiled call; weights may be None."""
+
+    def run(payload, weights, cotangent):
+        result, pullback = jax.vjp(lambda p, w: op(p, plan, w), payload, weights)
+        return result, *pullback(cotangent)
+
+    return jax.jit(run)(payload, weights, cotangent)
+
+
+class PermuteConformance:
+    """What every implementation of permute and unpermute has to do: `ops` has both functions."""
+
+    ops: types.SimpleNamespace | types.ModuleType
+
+    @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("name", PLANS)
+    def test_values_and_gradients(self, name, dtype, weighted):
+        with jax.enable_x64(dtype == jnp.float64):
+            plan, x, rows, weights = case(name, dtype)
+            weights = weights if weighted else None
+            for op, payload, cotangent in (("permute", x, rows), ("unpermute", rows, x)):
+                actual = value_and_gradients(getattr(self.ops, op), payload, weights, plan, cotangent)
+                # The oracle gets the same numbers in f64, so the tolerance is the op's own rounding.
+                with jax.enable_x64(True):
+                    wide = [
+                        None if a is None else a.astype(jnp.float64) for a in (payload, weights, cotangent)
+                    ]
+                    expected = value_and_gradients(getattr(reference, op), wide[0], wide[1], plan, wide[2])
+                for part, got, want in zip(
+                    ("value", "d payload", "d weights"), actual, expected, strict=True
+                ):
+                    if want is not None:
+                        assert got.dtype == dtype
+                        assert_close(
+                            got.astype(jnp.float32) if got.itemsize < 4 else got, want, DTYPES[dtype], part
+                        )
+
+    @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+    @pytest.mark.parametrize("name", ["packed", "clipped", "unique"])
+    def test_poison_stays_out(self, name, weighted):
+        plan, x, rows, weights = case(name)
+        weights = weights if weighted else None
+        empty = plan.choice_N < 0
+        assert empty.any()
+        lost = ~(plan.position_TK >= 0).any(axis=1)
+        poisoned_rows = jnp.where(empty[:, None], jnp.nan, rows)
+        poisoned_x = jnp.where(lost[:, None], jnp.nan, x)
+        for op, payload, cotangent, poisoned, poisoned_cotangent in (
+            ("permute", x, rows, poisoned_x, poisoned_rows),
+            ("unpermute", rows, x, poisoned_rows, poisoned_x),
+        ):
+            clean = value_and_gradients(getattr(self.ops, op), payload, weights, plan, cotangent)
+            dirty = value_and_gradients(getattr(self.ops, op), poisoned, weights, plan, poisoned_cotangent)
+            for got, want in zip(jax.tree.leaves(dirty), jax.tree.leaves(clean), strict=True):
+                np.testing.assert_array_equal(got, want)
+        assert (self.ops.permute(jnp.full_like(x, jnp.nan), plan, weights)[empty] == 0).all()
+
+    def test_each_is_the_others_transpose(self):
+        plan, x, rows, weights = case("clipped")
+        for w in (None, weights):
+            forward = value_and_gradients(self.ops.permute, x, w, plan, rows)
+            back = value_and_gradients(self.ops.unpermute, rows, w, plan, x)
+            np.testing.assert_array_equal(forward[1], back[0])
+            np.testing.assert_array_equal(back[1], forward[0])
+
+    def test_integer_payload(self):
+        plan, x, *_ = case("packed")
+        for dtype in (jnp.int32, jnp.int8):
+            ids = jnp.round(x * 40).astype(dtype)
+            rows = self.ops.permute(ids, plan)
+            assert rows.dtype == dtype
+            np.testing.assert_array_equal(rows, reference.permute(ids, plan))
+
+    def test_repeats_bitwise(self):
+        plan, x, rows, weights = case("unique", D=33)
+        run = [value_and_gradients(self.ops.unpermute, rows, weights, plan, x) for _ in range(5)]
+        for again in run[1:]:
+            jax.tree.map(np.testing.assert_array_equal, again, run[0])
+
+    def test_second_derivatives(self):
+        plan, x, rows, weights = case("clipped")
+
+        def slope(ops):
+            def loss(x, weights):
+                return jnp.sum(ops.unpermute(jnp.sin(ops.permute(x, plan, weights)), plan, weights) ** 2)
+
+            def squared(x, weights):
+                return sum(jnp.sum(g**2) for g in jax.grad(loss, (0, 1))(x, weights))
+
+            return jax.jit(jax.grad(squared, (0, 1)))(x, weights)
+
+        for got, want in zip(slope(self.ops), slope(reference), strict=True):
+            assert_close(got, want, tolerance.F32_MODEL)
+
+    def test_under_remat_and_scan(self):
+        plan, x, _, weights = case("clipped")
+
+        def loss(ops, wrap):
+            def layer(x, _):
+                return ops.unpermute(jnp.sin(ops.permute(x, plan)), plan, weights), None
+
+            return lambda x: jnp.sum(jax.lax.scan(wrap(layer), x, None, length=3)[0])
+
+        got = jax.jit(jax.grad(loss(self.ops, jax.checkpoint)))(x)
+        assert_close(got, jax.jit(jax.grad(loss(reference, lambda f: f)))(x), tolerance.F32)
+
+    def test_under_vmap(self):
+        plan, x, rows, weights = case("packed")
+        many = jnp.stack([x, 2 * x, -x])
+
+        def loss(x):
+            return jnp.sum(self.ops.unpermute(jnp.sin(self.ops.permute(x, plan)), plan, weights))
+
+        batched = jax.vmap(jax.grad(loss))(many)
+        for i in range(3):
+            assert_close(batched[i], jax.grad(loss)(many[i]), tolerance.F32)
+
+    @pytest.mark.parametrize("check_vma", [True, False])
+    def test_inside_shard_map(self, check_vma):
+        """Four devices, each with a plan of its own; the same as four separate calls."""
+        mesh = jax.make_mesh((4,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+        draw = np.random.default_rng(9)
+        dest = jnp.asarray(draw.integers(-1, 3, (4 * 6, 2)), jnp.int32)
+        x = jnp.asarray(draw.standard_normal((4 * 6, 5)), jnp.float32)
+        weights = jnp.asarray(draw.standard_normal((4 * 6, 2)), jnp.float32)
+
+        def body(dest, x, weights):
+            plan = make_plan(dest, 3, 4)
+
+            def loss(x, weights):
+                return jnp.sum(jnp.sin(self.ops.unpermute(self.ops.permute(x, plan) ** 2, plan, weights)))
+
+            return jax.grad(loss, (0, 1))(x, weights)
+
+        spec = jax.P("expert")
+        sharded = jax.shard_map(
+            body, mesh=mesh, in_specs=(spec,) * 3, out_specs=(spec, spec), check_vma=check_vma
+        )
+        dx, dweights = jax.jit(sharded)(dest, x, weights)
+        one = jax.jit(body)
+        for i in range(4):
+            here = slice(6 * i, 6 * i + 6)
+            expected = one(dest[here], x[here], weights[here])
+            assert_close(dx[here], expected[0], tolerance.F32)
+            assert_close(dweights[here], expected[1], tolerance.F32)
+
+
+class TestGathers(PermuteConformance):
+    ops = custom_ops
+
+
+def test_gradients_scatter_no_floats():
+    plan, x, _, weights = case("clipped")
+
+    def loss(x, weights):
+        return jnp.sum(custom_ops.unpermute(custom_ops.permute(x, plan, weights), plan, weights) ** 2)
+
+    assert "scatter" not in jax.jit(jax.grad(loss, (0, 1))).lower(x, weights).as_text()
+
+
+PLAN = make_plan(jnp.zeros((4, 2), jnp.int32), 2)
+X, ROWS, WEIGHTS = jnp.zeros((4, 3)), jnp.zeros((8, 3)), jnp.zeros((4, 2))
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: custom_ops.permute(X[0], PLAN), ("x_TD", "rank 2", "(3,)")),
+        (lambda: custom_ops.permute(X[:3], PLAN), ("x_TD", "4 tokens", "(3, 3)")),
+        (lambda: custom_ops.permute(X, PLAN, WEIGHTS[:, :1]), ("weights_TK", "(4, 2)", "(4, 1)")),
+        (lambda: custom_ops.permute(X, PLAN, WEIGHTS.astype(int)), ("weights_TK", "floating", "int32")),
+        (lambda: custom_ops.permute(X.astype(int), PLAN, WEIGHTS), ("x_TD", "floating", "int32")),
+        (lambda: custom_ops.unpermute(ROWS[:5], PLAN), ("rows_ND", "8 rows", "(5, 3)")),
+        (lambda: custom_ops.unpermute(ROWS.astype(int), PLAN), ("rows_ND", "floating", "int32")),
+        (lambda: custom_ops.unpermute(ROWS, PLAN, WEIGHTS[0]), ("weights_TK", "rank 2", "(2,)")),
+        (
+            lambda: jax.eval_shape(custom_ops.permute, jax.ShapeDtypeStruct((4, 2**30), jnp.int8), PLAN),
+            ("x_TD", "2**31", "1073741824"),
+        ),
+    ],
+)
+def test_refuses(call, words):
+    with pytest.raises(ValueError) as error:
+        call()
+    assert all(word in str(error.value) for word in words), error.value

@@ -1,0 +1,148 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from custom_ops import make_plan, reference
+
+FIELDS = ("position_TK", "choice_N", "group_sizes_P", "served_TK", "num_invalid")
+
+# Each case is a destination table; P = 4 throughout but where stated.
+CASES = {
+    "random": np.random.default_rng(0).integers(-2, 6, (13, 3)),
+    "one takes all": np.full((9, 2), 2),
+    "all -1": np.full((5, 2), -1),
+    "no token": np.zeros((0, 2)),
+    "one token": np.array([[3, 3, 0]]),
+    "all out of range": np.full((4, 1), 2**31 - 1),
+    "lowest integer": np.array([[-(2**31)], [1]]),
+}
+
+
+def plan_with(make, dest, P, B, unique):
+    return jax.jit(lambda d: make(d, P, B, unique=unique))(jnp.asarray(dest, jnp.int32))
+
+
+def assert_same_plan(actual, expected):
+    for field in FIELDS:
+        got, want = getattr(actual, field), getattr(expected, field)
+        assert got.dtype == want.dtype, field
+        np.testing.assert_array_equal(got, want, err_msg=field)
+    assert actual.num_choices == expected.num_choices
+
+
+@pytest.mark.parametrize("unique", [False, True], ids=["each", "unique"])
+@pytest.mark.parametrize("bucket_rows", [None, 1, 3, 30])
+@pytest.mark.parametrize("case", CASES)
+def test_matches_the_specification(case, bucket_rows, unique):
+    plans = [
+        plan_with(make, CASES[case], 4, bucket_rows, unique) for make in (make_plan, reference.make_plan)
+    ]
+    assert_same_plan(*plans)
+
+
+# Below and above the change from counting to sorting; and keys too large for one 31-bit sort operand.
+@pytest.mark.parametrize("shape, P", [((700, 3), 7), ((700, 3), 50), ((1500, 1), 2**21)])
+def test_both_orders_match_a_stable_argsort(shape, P):
+    dest = np.random.default_rng(1).integers(0, P, shape)
+    plan = plan_with(make_plan, dest, P, None, False)
+    np.testing.assert_array_equal(plan.choice_N, np.argsort(dest.reshape(-1), kind="stable"))
+    np.testing.assert_array_equal(plan.group_sizes_P, np.bincount(dest.reshape(-1), minlength=P))
+    np.testing.assert_array_equal(plan.choice_N[plan.position_TK.reshape(-1)], np.arange(dest.size))
+
+
+def test_by_hand():
+    # Token 0 sends both choices to 1; the bucket of destination 1 is full after two rows.
+    dest = jnp.asarray([[1, 1], [0, 7], [1, -1], [1, 0]], jnp.int32)
+    plan = make_plan(dest, 2, 2, unique=True)
+    np.testing.assert_array_equal(plan.position_TK, [[2, -1], [0, -1], [3, -1], [-1, 1]])
+    np.testing.assert_array_equal(plan.choice_N, [2, 7, 0, 4])
+    np.testing.assert_array_equal(plan.token_N, [1, 3, 0, 2])
+    np.testing.assert_array_equal(plan.group_sizes_P, [2, 2])
+    np.testing.assert_array_equal(plan.served_TK, [[True, True], [True, False], [True, False], [False, True]])
+    assert plan.num_invalid == 1
+
+
+def test_unique_choices_are_served_only_with_their_shared_row():
+    plan = make_plan(jnp.asarray([[0, 0], [0, 0]], jnp.int32), 1, 1, unique=True)
+    np.testing.assert_array_equal(plan.served_TK, [[True, True], [False, False]])
+    np.testing.assert_array_equal(plan.choice_N, [0])
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.lists(st.tuples(*[st.integers(-2, 5)] * 3), min_size=1, max_size=12),
+    st.sampled_from([None, 2, 5]),
+    st.booleans(),
+)
+def test_drawn_tables_match_the_specification(rows, bucket_rows, unique):
+    dest = np.full((12, 3), -1)  # one shape, compiled once
+    dest[: len(rows)] = rows
+    plans = [_plan_of_12(make, bucket_rows, unique)(jnp.asarray(dest, jnp.int32)) for make in (0, 1)]
+    assert_same_plan(*plans)
+
+
+def _plan_of_12(which, bucket_rows, unique, compiled={}):  # noqa: B006  (the cache is meant)
+    key = which, bucket_rows, unique
+    if key not in compiled:
+        make = (make_plan, reference.make_plan)[which]
+        compiled[key] = jax.jit(lambda d: make(d, 4, bucket_rows, unique=unique))
+    return compiled[key]
+
+
+def test_plan_is_a_pytree_with_static_choices():
+    plan = make_plan(jnp.zeros((3, 2), jnp.int32), 2)
+    leaves, treedef = jax.tree.flatten(plan)
+    assert len(leaves) == len(FIELDS)
+    assert jax.tree.unflatten(treedef, leaves).num_choices == 2
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.num_choices = 3
+
+
+def test_vmap_equals_one_by_one():
+    dest = jnp.asarray(np.random.default_rng(2).integers(-1, 4, (3, 6, 2)), jnp.int32)
+    many = jax.vmap(lambda d: make_plan(d, 4, 3))(dest)
+    for i in range(3):
+        one = make_plan(dest[i], 4, 3)
+        for field in FIELDS:
+            np.testing.assert_array_equal(getattr(many, field)[i], getattr(one, field))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("P", [4, 40], ids=["counting", "sorting"])
+def test_inside_shard_map(P, check_vma):
+    mesh = jax.make_mesh((4,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+    dest = jnp.asarray(np.random.default_rng(3).integers(-1, P, (4 * 6, 2)), jnp.int32)
+
+    def body(d):
+        plan = make_plan(d, P, 2, unique=True)
+        return plan.position_TK, plan.choice_N
+
+    spec = jax.P("expert")
+    sharded = jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=(spec, spec), check_vma=check_vma)
+    position, choice = jax.jit(sharded)(dest)
+    for i in range(4):
+        plan = make_plan(dest[6 * i : 6 * i + 6], P, 2, unique=True)
+        np.testing.assert_array_equal(position[6 * i : 6 * i + 6], plan.position_TK)
+        np.testing.assert_array_equal(choice[2 * P * i : 2 * P * (i + 1)], plan.choice_N)
+
+
+@pytest.mark.parametrize(
+    "dest, P, B, words",
+    [
+        (jnp.zeros((3,), jnp.int32), 2, None, ("dest_TK", "rank 2", "(3,)")),
+        (jnp.zeros((3, 1), jnp.float32), 2, None, ("dest_TK", "integer", "float32")),
+        (jnp.zeros((3, 0), jnp.int32), 2, None, ("dest_TK", "at least one choice")),
+        (jnp.zeros((3, 1), jnp.int32), 0, None, ("num_destinations", "at least 1", "0")),
+        (jnp.zeros((3, 1), jnp.int32), 2, 0, ("bucket_rows", "at least 1", "0")),
+        (jnp.zeros((3, 1), jnp.int32), 2**16, 2**15, ("bucket_rows", "2**31")),
+    ],
+)
+def test_refuses(dest, P, B, words):
+    with pytest.raises(ValueError) as error:
+        make_plan(dest, P, B)
+    assert all(word in str(error.value) for word in words), error.value
