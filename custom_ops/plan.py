@@ -44,6 +44,14 @@ class DispatchPlan:
         """int32, the token of each row; -1 for an empty row."""
         return jnp.where(self.choice_N >= 0, self.choice_N // self.num_choices, -1)
 
+    def choices_to_rows(self, values_TK: jax.Array) -> jax.Array:
+        """[N]: the value of each row's choice, 0 for an empty row."""
+        return _take_or_zero(values_TK.reshape(-1), self.choice_N)
+
+    def rows_to_choices(self, values_N: jax.Array) -> jax.Array:
+        """[T, K]: the value of each choice's row, 0 where it has none of its own."""
+        return _take_or_zero(values_N, self.position_TK)
+
 
 def make_plan(
     dest_TK: jax.Array, num_destinations: int, bucket_rows: int | None = None, *, unique: bool = False
@@ -114,6 +122,12 @@ def _first_same_destination(dest_TK: jax.Array) -> jax.Array:
     """For each choice the lowest index of a choice of the same token with the same destination, int32 [T, K]."""
     same_TKK = dest_TK[:, :, None] == dest_TK[:, None, :]
     return jnp.argmax(same_TKK, axis=-1).astype(jnp.int32)
+
+
+def _take_or_zero(table: jax.Array, index: jax.Array) -> jax.Array:
+    if table.shape[0] == 0:
+        return jnp.zeros(index.shape, table.dtype)
+    return jnp.where(index >= 0, _take(table, jnp.maximum(index, 0)), 0)
 
 
 def _take(table: jax.Array, index: jax.Array) -> jax.Array:

@@ -34,7 +34,9 @@ def config(**fields):
         TrainConfig(
             steps=12,
             data=DataConfig(tokenizer="char", batch_size=8, sequence_length=16),
-            model=ModelConfig(num_layers=2, d_model=16, num_heads=2, moe=MoEConfig(num_experts=8, d_hidden=8)),
+            model=ModelConfig(
+                num_layers=2, d_model=16, num_heads=2, moe=MoEConfig(num_experts=8, d_hidden=8)
+            ),
             optimizer=OptimizerConfig(warmup_steps=50),
             checkpoint=CheckpointConfig(every=5),
             eval=EvalConfig(every=0),
@@ -71,7 +73,9 @@ def random_batch(run: TrainConfig, seed: int) -> dict[str, np.ndarray]:
     tokens = rng.integers(0, VOCAB, (B, S), dtype=np.int32)
     segments = np.where(np.arange(S) < S // 3, 1, 2) * np.ones((B, 1), np.int32)
     segments[0, -3:] = 0
-    positions = np.where(np.arange(S) < S // 3, np.arange(S), np.arange(S) - S // 3) * np.ones((B, 1), np.int32)
+    positions = np.where(np.arange(S) < S // 3, np.arange(S), np.arange(S) - S // 3) * np.ones(
+        (B, 1), np.int32
+    )
     targets = np.where(segments > 0, (tokens * 7 + 3) % VOCAB, -1)
     arrays = dict(tokens=tokens, targets=targets, segments=segments, positions=positions)
     return {name: array.astype(np.int32) for name, array in arrays.items()}

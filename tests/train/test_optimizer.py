@@ -22,7 +22,9 @@ def test_cosine_warms_up_and_ends_at_the_final_fraction():
 
 
 def test_wsd_is_stable_then_linear():
-    config = OptimizerConfig(learning_rate=1.0, warmup_steps=10, schedule="wsd", decay_fraction=0.2, final_fraction=0.0)
+    config = OptimizerConfig(
+        learning_rate=1.0, warmup_steps=10, schedule="wsd", decay_fraction=0.2, final_fraction=0.0
+    )
     values = np.asarray([make_schedule(config, 100)(step) for step in range(101)])
     assert np.all(values[10:81] == 1) and values[90] == pytest.approx(0.5) and values[100] == 0
 
@@ -40,7 +42,9 @@ def random_like(tree, seed):
 
 
 def test_muon_orthogonalises_every_expert_matrix_by_itself():
-    run = small.config(optimizer=OptimizerConfig(name="muon", weight_decay=0.0, clip_norm=1e9, warmup_steps=0))
+    run = small.config(
+        optimizer=OptimizerConfig(name="muon", weight_decay=0.0, clip_norm=1e9, warmup_steps=0)
+    )
     trainer = small.Steps(run)
     params = trainer.state.params
     grads = random_like(params, 0)
@@ -68,7 +72,9 @@ def test_muon_orthogonalises_every_expert_matrix_by_itself():
 def test_muon_leaves_embeddings_routers_and_norms_to_adam():
     run = small.config(optimizer=OptimizerConfig(name="muon"))
     trainer = small.Steps(run)
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(trainer.state.opt_state)]
+    paths = [
+        jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(trainer.state.opt_state)
+    ]
     second_moments = [path for path in paths if ".nu" in path]
     assert {name for name in ("embedding", "router", "norm") if any(name in p for p in second_moments)} == {
         "embedding",

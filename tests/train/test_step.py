@@ -32,7 +32,9 @@ def test_layouts_train_alike(layout):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [(1, 2), (2, 1), (1, 4), (4, 1), (2, 2), (1, 8), (8, 1), (4, 2), (2, 4)], ids=str)
+@pytest.mark.parametrize(
+    "layout", [(1, 2), (2, 1), (1, 4), (4, 1), (2, 2), (1, 8), (8, 1), (4, 2), (2, 4)], ids=str
+)
 def test_fifty_steps_agree_on_every_layout(layout):
     run = small.config(steps=50)
     np.testing.assert_allclose(losses(run, *layout, 50), losses(run, 1, 1, 50), rtol=tolerance.F32_MODEL)
@@ -81,7 +83,8 @@ def test_gradients_at_step_0_are_those_of_the_dense_oracle(layout, monkeypatch):
 def test_accumulation_gives_the_gradient_of_the_whole_batch():
     # The balance loss is a product of means, so its gradient does depend on the part; without it all is linear.
     moe = dataclasses.replace(
-        small.config().model.moe, routing=dataclasses.replace(small.config().model.moe.routing, balance_weight=0.0)
+        small.config().model.moe,
+        routing=dataclasses.replace(small.config().model.moe.routing, balance_weight=0.0),
     )
     whole = small.config(model=dataclasses.replace(small.config().model, moe=moe))
     parts = dataclasses.replace(whole, optimizer=dataclasses.replace(whole.optimizer, accumulation_steps=4))
@@ -90,7 +93,9 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch():
 
 
 def test_bf16_trains_over_f32_parameters():
-    run = small.config(precision="bf16", steps=30, optimizer=OptimizerConfig(warmup_steps=1, learning_rate=1e-2))
+    run = small.config(
+        precision="bf16", steps=30, optimizer=OptimizerConfig(warmup_steps=1, learning_rate=1e-2)
+    )
     trainer = small.Steps(run)
     batch = small.random_batch(run, 0)
     reports = [float(trainer.take(batch)["loss"]) for _ in range(30)]
@@ -150,7 +155,9 @@ def test_metrics_of_a_dense_model_have_no_moe_fields():
 
 
 def test_one_expert_counts_as_dead_when_it_gets_no_token():
-    run = small.config(model=ModelConfig(num_layers=2, d_model=16, num_heads=2, moe=MoEConfig(num_experts=512, d_hidden=2)))
+    run = small.config(
+        model=ModelConfig(num_layers=2, d_model=16, num_heads=2, moe=MoEConfig(num_experts=512, d_hidden=2))
+    )
     metrics = small.Steps(run).take(small.random_batch(run, 0))
     chosen = 2 * (8 * 16 - 3)
     assert int(metrics["moe/dead_experts"]) >= 2 * (512 - chosen)
@@ -161,7 +168,5 @@ def test_one_expert_counts_as_dead_when_it_gets_no_token():
 def test_nnx_state_and_plain_parameters_are_the_same_tree():
     trainer = small.Steps(small.config())
     model = trainer.spec.merge(trainer.state.params)
-    jax.tree.map(
-        np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(model)), trainer.state.params
-    )
+    jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(model)), trainer.state.params)
     assert optax.tree.size(trainer.state.params) == trainer.spec.count_parameters()[0]
