@@ -1,9 +1,9 @@
 """Grouped matrix products as a loop over groups, each covered by windows of its rows.
 
-Shapes: N rows, E groups, D and F widths, R rows of one window. A group takes as many of the largest windows
-as fit, and one window of the smallest size that holds the rest, with the rows outside the group masked. So the
-work follows the rows that are there: neither more groups nor a longer tail cost products. Trip counts are
-data; the program has one loop over groups, whatever E.
+Shapes: N rows, E groups, D and F widths, R rows of one window. A group takes as many of the largest
+windows as fit, and one window of the smallest size that holds the rest, with the rows outside the group
+masked. So the work follows the rows that are there: neither more groups nor a longer tail cost products.
+Trip counts are data; the program has one loop over groups, whatever E.
 """
 
 from collections.abc import Callable, Sequence

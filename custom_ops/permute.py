@@ -1,8 +1,8 @@
 """permute copies token rows into the order of a plan, unpermute sums each token's rows again.
 
-Shapes: T tokens, K choices per token, N rows, D width. Each op is the other's transpose; both directions of
-both are gathers through the plan's two tables, so no floating-point number is ever scattered and sums have a fixed
-order.
+Shapes: T tokens, K choices per token, N rows, D width. Each op is the other's transpose; both directions
+of both are gathers through the plan's two tables, so no floating-point number is ever scattered and sums
+have a fixed order.
 """
 
 import jax

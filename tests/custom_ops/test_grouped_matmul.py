@@ -15,13 +15,13 @@ from tests.tolerance import assert_close
 # name: (N, D, F, group sizes); N beyond the sum of the sizes is the tail.
 CASES = {
     "even": (64, 8, 12, (16, 16, 16, 16)),
-    "odd sizes and tail": (1301, 7, 5, (0, 601, 1, 0, 130, 37, 0)),
-    "one takes all": (300, 5, 3, (0, 300, 0)),
+    "odd sizes and tail": (110, 7, 5, (0, 67, 1, 0, 30, 7, 0)),
+    "one takes all": (100, 5, 3, (0, 100, 0)),
     "all empty": (40, 5, 3, (0, 0, 0)),
     "one row": (1, 3, 2, (0, 1)),
     "no row": (0, 3, 2, (0, 0)),
     "one group": (33, 4, 4, (20,)),
-    "small groups at the end": (530, 3, 4, (500, 10, 15, 5)),
+    "many windows, small groups at the end": (1300, 3, 4, (1260, 20, 15, 5)),
 }
 DTYPES = {
     jnp.float32.dtype: tolerance.F32,
@@ -100,9 +100,9 @@ class GroupedMatmulConformance:
 
     def test_a_bad_row_stays_in_its_group(self):
         rows, w, dout, sizes = operands("odd sizes and tail")
-        rows = rows.at[601].set(jnp.nan)  # the only row of group 2
+        rows = rows.at[67].set(jnp.nan)  # the only row of group 2
         out, _, dw = self.all_three(rows, w, dout, sizes)
-        np.testing.assert_array_equal(jnp.flatnonzero(jnp.isnan(out).any(axis=1)), [601])
+        np.testing.assert_array_equal(jnp.flatnonzero(jnp.isnan(out).any(axis=1)), [67])
         np.testing.assert_array_equal(jnp.flatnonzero(jnp.isnan(dw).any(axis=(1, 2))), [2])
 
     def test_accumulates_and_returns_wide_on_request(self):
@@ -226,10 +226,10 @@ class TestReference(GroupedMatmulConformance):
 
 
 @settings(deadline=None, max_examples=20)
-@given(st.lists(st.integers(0, 80), min_size=4, max_size=4), st.booleans())
+@given(st.lists(st.integers(0, 48), min_size=4, max_size=4), st.booleans())
 def test_drawn_sizes(sizes, poison):
     """Every implementation against the reference, all in one shape so that they compile once."""
-    N, D, F = 320, 3, 4
+    N, D, F = 192, 3, 4
     draw = np.random.default_rng(8).standard_normal
     rows, dout = jnp.asarray(draw((N, D)), jnp.float32), jnp.asarray(draw((N, F)), jnp.float32)
     w, sizes = jnp.asarray(draw((4, D, F)), jnp.float32), jnp.asarray(sizes, jnp.int32)
