@@ -1,7 +1,7 @@
 """Matrix products of rows packed by group, one matrix per group, with their gradients.
 
-Shapes: N rows, E groups (experts), D and F the two widths. Group e owns the group_sizes_E[e] rows behind those of
-the groups before it; rows behind the last group are the tail.
+Shapes: N rows, E groups (experts), D and F the two widths. Group e owns the group_sizes_E[e] rows behind
+those of the groups before it; rows behind the last group are the tail.
 
 Three products belong together, each one's gradients are the other two:
   grouped_matmul       out_NF  = rows_ND @ w_EDF[group of row]
@@ -24,7 +24,7 @@ from custom_ops.varying import vary_alike
 
 
 class Implementation(NamedTuple):
-    """The three products of one implementation; each takes two operands, the group sizes and the result's dtype."""
+    """The three products of one implementation: (operand, operand, group sizes, result's dtype) -> result."""
 
     forward: Callable[[jax.Array, jax.Array, jax.Array, DTypeLike], jax.Array]
     dlhs: Callable[[jax.Array, jax.Array, jax.Array, DTypeLike], jax.Array]
@@ -44,8 +44,8 @@ IMPLEMENTATIONS = {
 def default_implementation() -> str:
     """The name used when none is given.
 
-    "windows" everywhere: it is the fast one on CPU, and plain XLA, so that it is correct on a GPU too and costs no
-    more FLOPs there than the groups have; it does not fill a GPU.
+    "windows" everywhere: it is the fast one on CPU, and plain XLA, so that it is correct on a GPU too and
+    costs no more FLOPs there than the groups have; it does not fill a GPU.
     """
     return "windows"
 
@@ -88,7 +88,10 @@ def grouped_matmul_dlhs(
     implementation: str | None = None,
     dtype: DTypeLike | None = None,
 ) -> jax.Array:
-    """drows_ND: every row times the transposed matrix of its group; tail rows give 0. Else as `grouped_matmul`."""
+    """drows_ND: every row times the transposed matrix of its group; tail rows give 0.
+
+    Everything else as in `grouped_matmul`.
+    """
     _check("dout_NF", "[N, F]", dout_NF, "w_EDF", "[E, D, F]", w_EDF, group_sizes_E)
     E, _, F = w_EDF.shape
     require(
@@ -107,7 +110,10 @@ def grouped_matmul_drhs(
     implementation: str | None = None,
     dtype: DTypeLike | None = None,
 ) -> jax.Array:
-    """dw_EDF: per group the sum of outer products of its rows, 0 for an empty one. Else as `grouped_matmul`."""
+    """dw_EDF: per group the sum of the outer products of its rows; 0 for an empty group.
+
+    Everything else as in `grouped_matmul`.
+    """
     _check("rows_ND", "[N, D]", rows_ND, "dout_NF", "[N, F]", dout_NF, group_sizes_E)
     N = rows_ND.shape[0]
     require(dout_NF.shape[0] == N, "dout_NF", f"{N} rows as in rows_ND", f"shape {dout_NF.shape}")
@@ -128,7 +134,8 @@ def _rule(implementation: str | None, dtype: DTypeLike | None, lhs: jax.Array) -
     return name, jnp.dtype(lhs.dtype if dtype is None else dtype)
 
 
-# The rules: static arguments first, each backward made of the other two products, so that second derivatives work.
+# The rules: static arguments first; each backward is made of the other two products, so that it can be
+# differentiated in turn.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

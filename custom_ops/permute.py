@@ -1,7 +1,8 @@
 """permute copies token rows into the order of a plan, unpermute sums each token's rows again.
 
-Shapes: T tokens, K choices per token, N rows, D width. Each op is the other's transpose; both directions of both are
-gathers through the plan's two tables, so no floating-point number is ever scattered and sums have a fixed order.
+Shapes: T tokens, K choices per token, N rows, D width. Each op is the other's transpose; both directions
+of both are gathers through the plan's two tables, so no floating-point number is ever scattered and sums
+have a fixed order.
 """
 
 import jax
@@ -15,8 +16,8 @@ from custom_ops.varying import vary_alike
 def permute(x_TD: jax.Array, plan: DispatchPlan, weights_TK: jax.Array | None = None) -> jax.Array:
     """rows_ND: row n is the row of its token, times the weight of its choice if weights are given.
 
-    Empty rows are exactly 0, whatever stands in x. The product is formed in at least f32; the result has the dtype
-    of x, which may be an integer type when there are no weights.
+    Empty rows are exactly 0, whatever stands in x. The product is formed in at least f32; the result has the
+    dtype of x, which may be an integer type when there are no weights.
 
     Raises:
       ValueError: ranks, dtypes or sizes that do not belong together.
@@ -37,8 +38,8 @@ def permute(x_TD: jax.Array, plan: DispatchPlan, weights_TK: jax.Array | None = 
 def unpermute(rows_ND: jax.Array, plan: DispatchPlan, weights_TK: jax.Array | None = None) -> jax.Array:
     """y_TD: the sum of each token's rows, each times the weight of its choice if weights are given.
 
-    Empty rows are never read, so whatever stands in them reaches neither the result nor a gradient. Sums are formed
-    in at least f32; the result has the dtype of the rows.
+    Empty rows are never read, so whatever stands in them reaches neither the result nor a gradient. Sums are
+    formed in at least f32; the result has the dtype of the rows.
 
     Raises:
       ValueError: ranks, dtypes or sizes that do not belong together.
@@ -67,7 +68,7 @@ def _vary_alike(payload, weights_TK, plan: DispatchPlan):
     return jax.tree.unflatten(treedef, vary_alike(*leaves))
 
 
-# The gathers -----------------------------------------------------------------------------------------------------
+# The gathers
 
 
 def _wide(dtype) -> jnp.dtype:
@@ -114,7 +115,7 @@ def _gather_dot(rows_ND, y_TD, plan: DispatchPlan, dtype):
     return jnp.stack(dots, axis=-1).astype(dtype)
 
 
-# The rules: each backward calls the public kind of op again, so that it can be differentiated in turn ---------------
+# The rules: each backward calls such ops again, so that it can be differentiated in turn.
 
 
 @jax.custom_vjp

@@ -62,9 +62,9 @@ def make_plan(
       dest_TK: int32 destinations; -1 is none. Values out of range are treated as -1 and counted.
       num_destinations: P.
       bucket_rows: None packs all rows: N = T * K, sorted by destination, empty rows last. B gives every
-        destination its own B rows: N = P * B, destination p owns rows p * B .. p * B + B - 1; what does not fit is
-        clipped, the first in token order stay.
-      unique: choices of one token with the same destination share one row, which belongs to the first of them.
+        destination its own B rows: N = P * B, destination p owns rows p * B .. p * B + B - 1; what does not
+        fit is clipped, the first in token order stay.
+      unique: choices of one token with the same destination share one row, that of the first of them.
 
     Raises:
       ValueError: wrong rank or dtype, P or B not positive, or a buffer of 2**31 rows and more.
@@ -119,7 +119,7 @@ def _empty_plan(dest_TK: jax.Array, P: int, N: int) -> DispatchPlan:
 
 
 def _first_same_destination(dest_TK: jax.Array) -> jax.Array:
-    """For each choice the lowest index of a choice of the same token with the same destination, int32 [T, K]."""
+    """For each choice the first k of its token with the same destination, int32 [T, K]."""
     same_TKK = dest_TK[:, :, None] == dest_TK[:, None, :]
     return jnp.argmax(same_TKK, axis=-1).astype(jnp.int32)
 

@@ -1,4 +1,4 @@
-"""What the type checker of `shard_map` (check_vma) has to be told by ops that loop or differentiate by hand."""
+"""What hand-written loops and gradients have to tell the type checker of `shard_map` (check_vma)."""
 
 import jax
 from jax import lax

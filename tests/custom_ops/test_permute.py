@@ -1,3 +1,4 @@
+import functools
 import types
 
 import jax
@@ -27,23 +28,35 @@ DTYPES = {
 }
 
 
-def case(name, dtype=jnp.float32, D=5):
+@functools.lru_cache
+def plan_of(name):
     dest, P, B, unique = PLANS[name]
-    plan = make_plan(jnp.asarray(dest, jnp.int32), P, B, unique=unique)
+    return jax.jit(lambda d: make_plan(d, P, B, unique=unique))(jnp.asarray(dest, jnp.int32))
+
+
+def case(name, dtype=jnp.float32, D=5):
+    plan = plan_of(name)
     draw = np.random.default_rng(7).standard_normal
-    (T, K), N = dest.shape, plan.choice_N.shape[0]
+    (T, K), (N,) = plan.position_TK.shape, plan.choice_N.shape
     x, rows, weights = draw((T, D)), draw((N, D)), draw((T, K))
-    return plan, jnp.asarray(x, dtype), jnp.asarray(rows, dtype), jnp.asarray(weights, dtype)
+    return plan, *(jnp.asarray(a, dtype) for a in (x, rows, weights))
 
 
-def value_and_gradients(op, payload, weights, plan, cotangent):
-    """(result, d payload, d weights) in one compiled call; weights may be None."""
+def everything(ops, x, rows, weights, plan):
+    """Values and gradients of both ops, without and with weights; one's cotangent is the other's payload."""
+    results = {}
+    for op, payload, cotangent in (("permute", x, rows), ("unpermute", rows, x)):
+        function = getattr(ops, op)
+        value, pullback = jax.vjp(lambda p, f=function: f(p, plan), payload)
+        results[op] = (value, *pullback(cotangent))
+        value, pullback = jax.vjp(lambda p, w, f=function: f(p, plan, w), payload, weights)
+        results[op + " weighted"] = (value, *pullback(cotangent))
+    return results
 
-    def run(payload, weights, cotangent):
-        result, pullback = jax.vjp(lambda p, w: op(p, plan, w), payload, weights)
-        return result, *pullback(cotangent)
 
-    return jax.jit(run)(payload, weights, cotangent)
+@functools.lru_cache
+def compiled(function, *static):
+    return jax.jit(functools.partial(function, *static))
 
 
 class PermuteConformance:
@@ -51,57 +64,52 @@ class PermuteConformance:
 
     ops: types.SimpleNamespace | types.ModuleType
 
-    @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("name", PLANS)
-    def test_values_and_gradients(self, name, dtype, weighted):
+    @pytest.mark.parametrize(
+        "name, dtype",
+        [(name, jnp.float32.dtype) for name in PLANS]
+        + [
+            (name, dtype)
+            for name in ("packed", "unique")
+            for dtype in (jnp.float64.dtype, jnp.bfloat16.dtype)
+        ],
+        ids=str,
+    )
+    def test_values_and_gradients(self, name, dtype):
+        plan = plan_of(name)
         with jax.enable_x64(dtype == jnp.float64):
-            plan, x, rows, weights = case(name, dtype)
-            weights = weights if weighted else None
-            for op, payload, cotangent in (("permute", x, rows), ("unpermute", rows, x)):
-                actual = value_and_gradients(getattr(self.ops, op), payload, weights, plan, cotangent)
-                # The oracle gets the same numbers in f64, so the tolerance is the op's own rounding.
-                with jax.enable_x64(True):
-                    wide = [
-                        None if a is None else a.astype(jnp.float64) for a in (payload, weights, cotangent)
-                    ]
-                    expected = value_and_gradients(getattr(reference, op), wide[0], wide[1], plan, wide[2])
-                for part, got, want in zip(
-                    ("value", "d payload", "d weights"), actual, expected, strict=True
-                ):
-                    if want is not None:
-                        assert got.dtype == dtype
-                        assert_close(
-                            got.astype(jnp.float32) if got.itemsize < 4 else got, want, DTYPES[dtype], part
-                        )
+            operands = case(name, dtype)[1:]
+            actual = compiled(everything, self.ops)(*operands, plan)
+        # The oracle gets the same numbers in f64, so the tolerance is the op's own rounding.
+        with jax.enable_x64(True):
+            expected = compiled(everything, reference)(*(a.astype(jnp.float64) for a in operands), plan)
+        for op, results in actual.items():
+            for part, got, want in zip(
+                ("value", "d payload", "d weights"), results, expected[op], strict=False
+            ):
+                assert got.dtype == dtype
+                assert_close(np.asarray(got, np.float64), want, DTYPES[dtype], f"{op}: {part}")
 
-    @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
     @pytest.mark.parametrize("name", ["packed", "clipped", "unique"])
-    def test_poison_stays_out(self, name, weighted):
+    def test_poison_stays_out(self, name):
         plan, x, rows, weights = case(name)
-        weights = weights if weighted else None
-        empty = plan.choice_N < 0
+        empty, lost = plan.choice_N < 0, ~(plan.position_TK >= 0).any(axis=1)
         assert empty.any()
-        lost = ~(plan.position_TK >= 0).any(axis=1)
-        poisoned_rows = jnp.where(empty[:, None], jnp.nan, rows)
-        poisoned_x = jnp.where(lost[:, None], jnp.nan, x)
-        for op, payload, cotangent, poisoned, poisoned_cotangent in (
-            ("permute", x, rows, poisoned_x, poisoned_rows),
-            ("unpermute", rows, x, poisoned_rows, poisoned_x),
-        ):
-            clean = value_and_gradients(getattr(self.ops, op), payload, weights, plan, cotangent)
-            dirty = value_and_gradients(getattr(self.ops, op), poisoned, weights, plan, poisoned_cotangent)
-            for got, want in zip(jax.tree.leaves(dirty), jax.tree.leaves(clean), strict=True):
-                np.testing.assert_array_equal(got, want)
-        assert (self.ops.permute(jnp.full_like(x, jnp.nan), plan, weights)[empty] == 0).all()
+        bad_rows = jnp.where(empty[:, None], jnp.nan, rows)
+        bad_x = jnp.where(lost[:, None], jnp.nan, x)
+        clean = compiled(everything, self.ops)(x, rows, weights, plan)
+        dirty = compiled(everything, self.ops)(bad_x, bad_rows, weights, plan)
+        jax.tree.map(np.testing.assert_array_equal, dirty, clean)
+        all_bad = compiled(everything, self.ops)(jnp.full_like(x, jnp.nan), rows, weights, plan)
+        for op in ("permute", "permute weighted"):
+            assert (all_bad[op][0][empty] == 0).all()
 
     def test_each_is_the_others_transpose(self):
         plan, x, rows, weights = case("clipped")
-        for w in (None, weights):
-            forward = value_and_gradients(self.ops.permute, x, w, plan, rows)
-            back = value_and_gradients(self.ops.unpermute, rows, w, plan, x)
-            np.testing.assert_array_equal(forward[1], back[0])
-            np.testing.assert_array_equal(back[1], forward[0])
+        results = compiled(everything, self.ops)(x, rows, weights, plan)
+        for kind in ("", " weighted"):
+            there, back = results["permute" + kind], results["unpermute" + kind]
+            np.testing.assert_array_equal(there[1], back[0])
+            np.testing.assert_array_equal(back[1], there[0])
 
     def test_integer_payload(self):
         plan, x, *_ = case("packed")
@@ -112,13 +120,13 @@ class PermuteConformance:
             np.testing.assert_array_equal(rows, reference.permute(ids, plan))
 
     def test_repeats_bitwise(self):
-        plan, x, rows, weights = case("unique", D=33)
-        run = [value_and_gradients(self.ops.unpermute, rows, weights, plan, x) for _ in range(5)]
-        for again in run[1:]:
-            jax.tree.map(np.testing.assert_array_equal, again, run[0])
+        plan, x, rows, weights = case("unique")
+        first, *others = (compiled(everything, self.ops)(x, rows, weights, plan) for _ in range(6))
+        for again in others:
+            jax.tree.map(np.testing.assert_array_equal, again, first)
 
     def test_second_derivatives(self):
-        plan, x, rows, weights = case("clipped")
+        plan, x, _, weights = case("clipped")
 
         def slope(ops):
             def loss(x, weights):
@@ -145,15 +153,15 @@ class PermuteConformance:
         assert_close(got, jax.jit(jax.grad(loss(reference, lambda f: f)))(x), tolerance.F32)
 
     def test_under_vmap(self):
-        plan, x, rows, weights = case("packed")
+        plan, x, _, weights = case("packed")
         many = jnp.stack([x, 2 * x, -x])
 
         def loss(x):
             return jnp.sum(self.ops.unpermute(jnp.sin(self.ops.permute(x, plan)), plan, weights))
 
-        batched = jax.vmap(jax.grad(loss))(many)
+        batched, one = jax.jit(jax.vmap(jax.grad(loss)))(many), jax.jit(jax.grad(loss))
         for i in range(3):
-            assert_close(batched[i], jax.grad(loss)(many[i]), tolerance.F32)
+            assert_close(batched[i], one(many[i]), tolerance.F32)
 
     @pytest.mark.parametrize("check_vma", [True, False])
     def test_inside_shard_map(self, check_vma):
@@ -198,7 +206,7 @@ def test_gradients_scatter_no_floats():
     assert "scatter" not in jax.jit(jax.grad(loss, (0, 1))).lower(x, weights).as_text()
 
 
-PLAN = make_plan(jnp.zeros((4, 2), jnp.int32), 2)
+PLAN = reference.make_plan(jnp.zeros((4, 2), jnp.int32), 2)
 X, ROWS, WEIGHTS = jnp.zeros((4, 3)), jnp.zeros((8, 3)), jnp.zeros((4, 2))
 
 
