@@ -41,7 +41,7 @@ def assert_same_plan(actual, expected):
 
 
 @pytest.mark.parametrize("unique", [False, True], ids=["each", "unique"])
-@pytest.mark.parametrize("bucket_rows", [None, 1, 3, 30])
+@pytest.mark.parametrize("bucket_rows", [None, 2, 9])
 @pytest.mark.parametrize("case", CASES)
 def test_matches_the_specification(case, bucket_rows, unique):
     plans = [
@@ -81,7 +81,7 @@ def test_unique_choices_are_served_only_with_their_shared_row():
 @settings(deadline=None, max_examples=25)
 @given(
     st.lists(st.tuples(*[st.integers(-2, 5)] * 3), min_size=1, max_size=13),
-    st.sampled_from([None, 1, 3]),
+    st.sampled_from([None, 2, 9]),
     st.booleans(),
 )
 def test_drawn_tables_match_the_specification(rows, bucket_rows, unique):
