@@ -6,13 +6,13 @@ Shapes: B sequences, S positions, D model width, H query heads, G key/value head
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moejax.layers import RMSNorm, init_matrix, rotary
+from moejax.layers import RMSNorm, init_matrix, rms_norm, rotary
 
 
 @jax.tree_util.register_dataclass
@@ -91,30 +91,33 @@ class Attention(nnx.Module):
         qkv = (x_BSD.astype(self.dtype) @ weights).reshape(*x_BSD.shape[:2], -1, self.d_head)
         num_kv = self.w_k.shape[1] // self.d_head
         q, k, v = jnp.split(qkv, [qkv.shape[2] - 2 * num_kv, qkv.shape[2] - num_kv], axis=2)
-        q = rotary(self.q_norm(q), positions_BS, self.rope_theta)
-        k = rotary(self.k_norm(k), positions_BS, self.rope_theta)
+        q = _norm_and_rotate(q, self.q_norm.scale[...], positions_BS, self.rope_theta)
+        k = _norm_and_rotate(k, self.k_norm.scale[...], positions_BS, self.rope_theta)
         if cache is None:
-            mask = segments_BS[:, None, :, None] == segments_BS[:, None, None, :]
-            y = _attend(q, k, v, mask, is_causal=True)
+            y = _attend(q, k, v, segments_BS[:, None, :, None] == segments_BS[:, None, None, :], is_causal=True)
         else:
             position_S = positions_BS[0]
             cache = cache.append(k, v, position_S)
             seen, now = cache.position_W[None, :], position_S[:, None]
             mask = (seen >= 0) & (seen <= now)
-            y = _attend(
-                q,
-                cache.k_BWGh.astype(q.dtype),
-                cache.v_BWGh.astype(q.dtype),
-                mask[None, None],
-                is_causal=False,
-            )
+            k, v = cache.k_BWGh.astype(q.dtype), cache.v_BWGh.astype(q.dtype)
+            y = _attend(q, k, v, mask[None, None], is_causal=False)
         return y.reshape(*x_BSD.shape[:2], -1) @ self.w_out[...].astype(self.dtype), cache
+
+
+@partial(jax.checkpoint, static_argnums=3)  # backward keeps what comes in, not the many steps within
+def _norm_and_rotate(x_BSHh: jax.Array, scale_h: jax.Array, positions_BS: jax.Array, theta: float) -> jax.Array:
+    return rotary(rms_norm(x_BSHh, scale_h), positions_BS, theta)
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, is_causal: bool) -> jax.Array:
     # cuDNN's flash attention takes 16-bit types and never holds the S x S scores.
-    flash = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
-    implementation: Literal["cudnn", "xla"] = "cudnn" if flash else "xla"
-    return jax.nn.dot_product_attention(
-        q, k, v, mask=mask, is_causal=is_causal, implementation=implementation
-    )
+    if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=is_causal, implementation="cudnn")
+
+    # Elsewhere the scores are at least not kept for backward, but computed again.
+    @jax.checkpoint
+    def attend(q, k, v, mask):
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=is_causal, implementation="xla")
+
+    return attend(q, k, v, mask)

@@ -24,19 +24,22 @@ def init_matrix(rngs: nnx.Rngs, shape: tuple[int, ...], *, axes: tuple[str, ...]
     return nnx.Param(std / _TRUNCATED_STD * draw, axes=axes)
 
 
-class RMSNorm(nnx.Module):
-    """x / rms(x) * scale over the last dimension, computed in f32 (Zhang & Sennrich 2019, eq. 4)."""
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """x / rms(x) * scale over the last dimension, computed in f32 (Zhang & Sennrich 2019, eq. 4); dtype of x."""
+    x_f32 = x.astype(jnp.float32)
+    rms = jax.lax.rsqrt(jnp.mean(x_f32 * x_f32, axis=-1, keepdims=True) + eps)
+    return (x_f32 * rms * jnp.expand_dims(scale, tuple(range(x.ndim - 1)))).astype(x.dtype)
 
-    def __init__(self, width: int, *, eps: float = 1e-6, axis: str = "embed"):
+
+class RMSNorm(nnx.Module):
+    """`rms_norm` with a learned scale; backward keeps only its input."""
+
+    def __init__(self, width: int, *, axis: str = "embed"):
         self.scale = nnx.Param(jnp.ones((width,), jnp.float32), axes=(axis,))
-        self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., width] -> [..., width], same dtype."""
-        x_f32 = x.astype(jnp.float32)
-        rms = jax.lax.rsqrt(jnp.mean(x_f32 * x_f32, axis=-1, keepdims=True) + self.eps)
-        scale = jnp.expand_dims(self.scale[...], tuple(range(x.ndim - 1)))
-        return (x_f32 * rms * scale).astype(x.dtype)
+        return jax.checkpoint(rms_norm)(x, self.scale[...])
 
 
 def rotary(x_BSHh: jax.Array, positions_BS: jax.Array, theta: float) -> jax.Array:
@@ -60,6 +63,7 @@ def gelu(x_NF: jax.Array) -> jax.Array:
     return jax.nn.gelu(x_NF, approximate=True)
 
 
+# Backward keeps what goes into an activation and computes its inner steps again: cheaper than to store them.
 # Name -> (function, number of input columns per hidden column).
 ACTIVATIONS: dict[str, tuple[Callable[[jax.Array], jax.Array], int]] = {
     "swiglu": (swiglu, 2),
