@@ -94,7 +94,9 @@ class Attention(nnx.Module):
         q = _norm_and_rotate(q, self.q_norm.scale[...], positions_BS, self.rope_theta)
         k = _norm_and_rotate(k, self.k_norm.scale[...], positions_BS, self.rope_theta)
         if cache is None:
-            y = _attend(q, k, v, segments_BS[:, None, :, None] == segments_BS[:, None, None, :], is_causal=True)
+            y = _attend(
+                q, k, v, segments_BS[:, None, :, None] == segments_BS[:, None, None, :], is_causal=True
+            )
         else:
             position_S = positions_BS[0]
             cache = cache.append(k, v, position_S)
@@ -106,7 +108,9 @@ class Attention(nnx.Module):
 
 
 @partial(jax.checkpoint, static_argnums=3)  # backward keeps what comes in, not the many steps within
-def _norm_and_rotate(x_BSHh: jax.Array, scale_h: jax.Array, positions_BS: jax.Array, theta: float) -> jax.Array:
+def _norm_and_rotate(
+    x_BSHh: jax.Array, scale_h: jax.Array, positions_BS: jax.Array, theta: float
+) -> jax.Array:
     return rotary(rms_norm(x_BSHh, scale_h), positions_BS, theta)
 
 

@@ -18,7 +18,7 @@ from train.checkpoint import Checkpoints
 from train.config import TrainConfig
 from train.config_io import load_config, refuse_other_run, save_config
 from train.data import Corpus, build_tokenizer, load_corpus, training_batches, validation_batches
-from train.errors import Interrupted, TrainingFailed
+from train.errors import ConfigError, Interrupted, TrainingFailed
 from train.evaluate import device_batch, mean_loss
 from train.lock import lock_run
 from train.model import ModelSpec
@@ -49,6 +49,9 @@ def train(config: TrainConfig, name: str) -> None:
     if (workdir / "config.yaml").exists():
         refuse_other_run(workdir, load_config(workdir / "config.yaml"), config)
     tokenizer = build_tokenizer(config.data)
+    if config.model.vocab_size is not None and config.model.vocab_size < tokenizer.vocab_size:
+        rule = f"must be at least the tokenizer's vocabulary ({tokenizer.vocab_size})"
+        raise ConfigError("model.vocab_size", config.model.vocab_size, rule)
     corpus = load_corpus(config.data, tokenizer)
     batch_size, sequence_length = config.data.batch_size, config.data.sequence_length
     batches = training_batches(

@@ -58,6 +58,7 @@ class Monitor:
 
         self._logger = logging.getLogger("moejax")
         self._level_before = self._logger.level
+        self._propagate_before, self._logger.propagate = self._logger.propagate, False
         self._logger.setLevel(logging.INFO)
         self._file_handler = _LogFile(run_dir / "log.txt", encoding="utf-8")
         self._file_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -77,8 +78,9 @@ class Monitor:
     def train(self, step: int, metrics: Mapping[str, float]) -> None:
         """Report a logged step.
 
-        Adds `mfu` where it is known, `tokens` (since step 0), `step_seconds` and `tokens_per_second` (means over the steps since the
-        last report, pauses left out; the first ones have the compilation in them) unless `metrics` has them.
+        Adds `tokens` (since step 0), `step_seconds` and `tokens_per_second` (means over the steps since the
+        last report, pauses left out; the first ones have the compilation in them) unless `metrics` has them,
+        and `mfu` where the peak is known.
 
         Raises:
           TrainingFailed: the line could not be written.
@@ -125,6 +127,7 @@ class Monitor:
             self._logger.removeHandler(handler)
             handler.close()
         self._logger.setLevel(self._level_before)
+        self._logger.propagate = self._propagate_before
         self._metrics.close()
         if self._board is not None:
             with contextlib.suppress(OSError):  # a full disk has been reported by then

@@ -21,7 +21,7 @@ _MUON_RMS = 0.2
 def make_schedule(config: OptimizerConfig, steps: int, peak: float | None = None) -> optax.Schedule:
     """Learning rate of step 0, 1, ... of `steps`: linear warm-up, then the chosen decay to `final_fraction`."""
     peak = config.learning_rate if peak is None else peak
-    warmup = optax.linear_schedule(peak / max(config.warmup_steps, 1), peak, max(config.warmup_steps - 1, 0))
+    warmup = lambda step: peak * (step + 1) / max(config.warmup_steps, 1)  # noqa: E731
     rest = max(steps - config.warmup_steps, 1)
     if config.schedule == "cosine":
         decay = optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction)

@@ -58,7 +58,7 @@ def make_init(
 
 
 def state_shardings(spec: ModelSpec, state: TrainState, mesh: Mesh) -> Any:
-    """A `TrainState` of the sharding of every leaf: optimizer moments lie with their parameters, all else is on every device."""
+    """A `TrainState` of shardings: optimizer moments lie with their parameters, all else is on every device."""
     params = spec.shardings(mesh)
     replicated = NamedSharding(mesh, P())
     by_path = dict(jax.tree_util.tree_leaves_with_path(params))

@@ -1,0 +1,1 @@
+"""One file per question; results with date, hardware and versions in results/."""
