@@ -17,7 +17,9 @@ def describe() -> str:
         (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
         platform.processor(),
     )
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "flax", "optax"))
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "flax", "optax")
+    )
     device = jax.devices()[0].device_kind
     hardware = f"{os.cpu_count()} cores of {cpu}" if device == "cpu" else f"{jax.device_count()} x {device}"
     return f"{datetime.date.today()}, {hardware}, Python {platform.python_version()}, {versions}"

@@ -72,14 +72,18 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> list[tuple[int, float, fl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=2000)
     steps = parser.parse_args().steps
     configs = {"MoE": moe_config(steps)}
     configs["dense"] = dense_twin(configs["MoE"])
     with tempfile.TemporaryDirectory() as folder:
         points = {name: run(config, pathlib.Path(folder) / name) for name, config in configs.items()}
-    counts = {name: ModelSpec.from_config(config, VOCAB).count_parameters() for name, config in configs.items()}
+    counts = {
+        name: ModelSpec.from_config(config, VOCAB).count_parameters() for name, config in configs.items()
+    }
     rows = [
         [step, f"{moe:.4f}", f"{dense:.4f}", f"{dense - moe:+.4f}", f"{moe_s:.0f}", f"{dense_s:.0f}"]
         for (step, moe_s, moe), (_, dense_s, dense) in zip(points["MoE"], points["dense"], strict=True)
@@ -89,7 +93,10 @@ def main() -> None:
     within = [(step, seconds, loss) for step, seconds, loss in points["MoE"] if seconds <= budget]
     step, seconds, loss = within[-1]
     lines = [
-        *(f"{name}: {total:,} parameters, {active:,} active per token." for name, (total, active) in counts.items()),
+        *(
+            f"{name}: {total:,} parameters, {active:,} active per token."
+            for name, (total, active) in counts.items()
+        ),
         "",
         "At equal steps (evaluation loss in nats per byte; the last row is over the whole validation split, the others"
         " over a part of it; training seconds without compilation and evaluation):",

@@ -216,7 +216,10 @@ class Transformer(nnx.Module):
         attention = self.blocks[0].attention
         num_kv = attention.w_k.shape[-1] // attention.d_head
         shape = (self.num_layers, batch_size, window, num_kv, attention.d_head)
-        k, v = jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)  # two buffers: a cache may be donated
+        k, v = (
+            jnp.zeros(shape, self.dtype),
+            jnp.zeros(shape, self.dtype),
+        )  # two buffers: a cache may be donated
         return KVCache(k, v, jnp.full((self.num_layers, window), -1, jnp.int32))
 
 

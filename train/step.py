@@ -57,18 +57,17 @@ def make_init(
     return init
 
 
-def state_shardings(spec: ModelSpec, state: TrainState, mesh: Mesh) -> Any:
+def state_shardings(spec: ModelSpec, state: TrainState, mesh: Mesh) -> TrainState:
     """A `TrainState` of shardings: optimizer moments lie with their parameters, all else is on every device."""
-    params = spec.shardings(mesh)
+    by_path = dict(jax.tree_util.tree_leaves_with_path(spec.shardings(mesh)))
     replicated = NamedSharding(mesh, P())
-    by_path = dict(jax.tree_util.tree_leaves_with_path(params))
 
-    def of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        # A moment's path ends with the path of its parameter.
-        tails = (path[i:] for i in range(len(path)))
+    def of(path: tuple[Any, ...], _: Any) -> NamedSharding:
+        # The path of a parameter in the state, and of each of its moments, ends with its path in the model.
+        tails = (path[start:] for start in range(len(path)))
         return next((by_path[tail] for tail in tails if tail in by_path), replicated)
 
-    return TrainState(replicated, params, jax.tree_util.tree_map_with_path(of, state.opt_state), replicated)
+    return jax.tree_util.tree_map_with_path(of, state)
 
 
 def make_loss(spec: ModelSpec) -> Callable[[dict[str, Any], Batch, jax.Array], tuple[jax.Array, Metrics]]:

@@ -38,7 +38,7 @@ def loss_and_grads(model, batch, mesh=None, chunk=1000):
 
     def loss(params, tokens, segments, positions, targets):
         model = nnx.merge(graphdef, params)
-        hidden, stats, finite_L, _ = model(tokens, segments_BS=segments, positions_BS=positions)
+        hidden, stats, *_ = model(tokens, segments_BS=segments, positions_BS=positions)
         aux = 0.0 if stats is None else stats.aux_loss.sum()
         return model.loss(hidden, targets, chunk=chunk) / (targets >= 0).sum() + aux
 

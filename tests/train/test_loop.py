@@ -12,7 +12,6 @@ import time
 import jax
 import numpy as np
 import pytest
-
 from jax._src import array
 
 from tests import tolerance

@@ -1,0 +1,182 @@
+"""What a train step costs: products, everything else, the optimizer, and MoE against its dense twin.
+
+    python -m benchmarks.train_step
+
+Three tables, all measured in one run, programs taken in turn so that a machine that changes its speed changes it for
+all of them: the share of the quickstart's step that is spent in matrix products (from the profiler's trace of the
+compiled program), the MoE's step against that of the dense model of the same active parameters at several batch
+sizes with AdamW, and the share of the optimizer for AdamW and Muon.
+"""
+
+import collections
+import dataclasses
+import glob
+import gzip
+import json
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import moejax
+from benchmarks import environment
+from benchmarks.moe_vs_dense import VOCAB, active_parameters, dense_twin
+from configs import quickstart
+from train.config import TrainConfig
+from train.model import ModelSpec
+from train.optimizer import make_optimizer, make_schedule
+from train.step import make_init, make_loss, make_train_step
+
+ROUNDS = 12
+
+
+class Compiled:
+    """A run's step and its forward and backward pass alone, compiled for one device with random tokens."""
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        spec = ModelSpec.from_config(config, VOCAB)
+        optimizer = make_optimizer(config.optimizer, config.steps, spec)
+        B, S = config.data.batch_size, config.data.sequence_length
+        tokens = np.random.default_rng(0).integers(0, 256, (B, S), dtype=np.int32)
+        positions = np.broadcast_to(np.arange(S, dtype=np.int32), (B, S))
+        batch = dict(tokens=tokens, targets=tokens, segments=np.ones_like(tokens), positions=positions)
+        self.batch = jax.tree.map(jnp.asarray, batch)
+        self.mesh = moejax.make_mesh(devices=jax.devices()[:1])
+        with jax.set_mesh(self.mesh):
+            self.state = jax.jit(make_init(spec, optimizer, 0))()
+            step = make_train_step(spec, optimizer, make_schedule(config.optimizer, config.steps), self.mesh)
+            self.program = jax.jit(step).lower(self.state, self.batch).compile()
+            count = jnp.float32(B * S)
+            loss = jax.value_and_grad(make_loss(spec), has_aux=True)
+            gradients = jax.jit(loss).lower(self.state.params, self.batch, count).compile()
+        self.step = lambda: self.program(self.state, self.batch)
+        self.gradients = lambda: gradients(self.state.params, self.batch, count)
+
+
+def milliseconds(calls: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, float]:
+    """Median time of each call, taken in turn."""
+    times = collections.defaultdict(list)
+    for call in calls.values():
+        jax.block_until_ready(call())
+    for _ in range(rounds):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            jax.block_until_ready(call())
+            times[name].append(1e3 * (time.perf_counter() - began))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def time_by_kind(compiled: Compiled) -> dict[str, float]:
+    """Milliseconds of one step spent in operations with and without a matrix product, from a profiler trace."""
+    text = compiled.program.as_text()
+    bodies: dict[str, str] = {}
+    for name, body in re.findall(r"^%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", text, re.M | re.S):
+        bodies[name] = body
+    operations = dict(re.findall(r"^\s*(?:ROOT )?%?([\w.\-]+) = ([^\n]*)", text, re.M))
+
+    def kind(name: str) -> str | None:
+        line = operations.get(name)
+        if line is None or re.search(r" (while|call|conditional)\(", line):
+            return None  # not an operation of the program, or one whose parts are counted themselves
+        called = re.search(r"calls=%?([\w.\-]+)", line)
+        inside = bodies.get(called[1], "") if called else ""
+        return "products" if " dot(" in line or " dot(" in inside else "other"
+
+    steps = 5
+    jax.block_until_ready(compiled.step())
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(steps):
+                jax.block_until_ready(compiled.step())
+        with gzip.open(glob.glob(f"{folder}/**/*.trace.json.gz", recursive=True)[0]) as file:
+            events = json.load(file)["traceEvents"]
+    total: dict[str, float] = collections.defaultdict(float)
+    for event in events:
+        if event.get("ph") == "X" and (found := kind(event["name"])):
+            total[found] += event["dur"] / 1e3 / steps
+    return dict(total)
+
+
+def with_batch(config: TrainConfig, batch_size: int, optimizer: str) -> TrainConfig:
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, batch_size=batch_size),
+        optimizer=dataclasses.replace(config.optimizer, name=optimizer),
+    )
+
+
+def products_table() -> str:
+    base = quickstart.config()
+    rows = []
+    for name, config in (("MoE (quickstart)", base), ("dense twin", dense_twin(base))):
+        compiled = Compiled(config)
+        kinds = time_by_kind(compiled)
+        share = kinds["products"] / sum(kinds.values())
+        rows.append([name, f"{kinds['products']:.0f}", f"{kinds['other']:.0f}", f"{share:.0%}"])
+    return environment.table(["step", "products ms", "other ms", "share of products"], rows)
+
+
+def twins_table() -> str:
+    rows = []
+    for batch_size in (8, 16, 32):
+        moe = with_batch(quickstart.config(), batch_size, "adamw")
+        dense = dense_twin(moe)
+        times = milliseconds({"moe": Compiled(moe).step, "dense": Compiled(dense).step})
+        tokens = batch_size * moe.data.sequence_length
+        flops = 6 * active_parameters(moe) * tokens
+        rows.append(
+            [
+                tokens,
+                f"{times['moe']:.0f}",
+                f"{times['dense']:.0f}",
+                f"{times['moe'] / times['dense']:.2f}",
+                f"{flops / times['moe'] / 1e6:.0f}",
+                f"{flops / times['dense'] / 1e6:.0f}",
+            ]
+        )
+    header = ["tokens per step", "MoE ms", "dense ms", "MoE / dense", "MoE GFLOP/s", "dense GFLOP/s"]
+    return environment.table(header, rows)
+
+
+def optimizers_table() -> str:
+    rows = []
+    base = quickstart.config()
+    for name in ("adamw", "muon"):
+        compiled = Compiled(with_batch(base, base.data.batch_size, name))
+        times = milliseconds({"step": compiled.step, "gradients": compiled.gradients})
+        share = max(1 - times["gradients"] / times["step"], 0)
+        rows.append([name, f"{times['step']:.0f}", f"{times['gradients']:.0f}", f"{share:.0%}"])
+    return environment.table(
+        ["optimizer", "step ms", "forward and backward ms", "share of the optimizer"], rows
+    )
+
+
+def main() -> None:
+    base = quickstart.config()
+    total, active = ModelSpec.from_config(base, VOCAB).count_parameters()
+    peak = milliseconds({"dense": jax.jit(lambda: jnp.ones((2048, 2048)) @ jnp.ones((2048, 2048)))})["dense"]
+    text = "\n\n".join(
+        [
+            f"The quickstart: {total:,} parameters, {active:,} active, {base.data.batch_size} x"
+            f" {base.data.sequence_length} tokens per step; its dense twin has as many active ones. One large dense"
+            f" product in the same run: {2 * 2048**3 / peak / 1e6:.0f} GFLOP/s.",
+            "Where a step's time goes (profiler, the optimizer included):",
+            products_table(),
+            "MoE against its dense twin, AdamW:",
+            twins_table(),
+            "The optimizer:",
+            optimizers_table(),
+        ]
+    )
+    environment.save("train_step", "The cost of a train step", text)
+
+
+if __name__ == "__main__":
+    main()
