@@ -80,5 +80,6 @@ def evaluate_run(run_dir: str) -> tuple[float, int]:
         batches = list(validation_batches(corpus, batch_size, config.data.sequence_length))
         loss = mean_loss(jax.jit(make_eval_step(spec)), params, batches, mesh)
     tokens = sum(int(np.sum(batch["targets"] >= 0)) for batch in batches)
-    (directory / "log.txt").open("a").write(f"eval/loss {loss:.6f} at step {step} over {tokens} tokens\n")
+    with (directory / "log.txt").open("a", encoding="utf-8") as file:
+        file.write(f"eval/loss {loss:.6f} at step {step} over {tokens:,} tokens\n")
     return loss, tokens

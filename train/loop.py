@@ -22,7 +22,7 @@ from train.errors import ConfigError, Interrupted, TrainingFailed
 from train.evaluate import device_batch, mean_loss
 from train.lock import lock_run
 from train.model import ModelSpec
-from train.monitor import Monitor
+from train.monitor import Monitor, held_back
 from train.optimizer import make_optimizer, make_schedule
 from train.reporter import Reporter
 from train.signals import stop_signals
@@ -87,7 +87,8 @@ def train(config: TrainConfig, name: str) -> None:
         # ---- restore, or begin ----
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config.checkpoint))
         place = lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)  # noqa: E731
-        restored = checkpoints.restore(jax.tree.map(place, shapes, shardings))
+        with held_back() as warnings:
+            restored = checkpoints.restore(jax.tree.map(place, shapes, shardings))
         if restored is None:
             first, state = 0, jax.jit(init, out_shardings=shardings)()
         else:
@@ -105,6 +106,8 @@ def train(config: TrainConfig, name: str) -> None:
                 mfu_per_token=_mfu_per_token(spec, mesh),
             )
         )
+        for record in warnings:
+            log.handle(record)
         reporter = Reporter(monitor, spec, mesh)
         _introduce(spec, corpus, mesh, first)
 

@@ -145,6 +145,29 @@ class Monitor:
             raise TrainingFailed(f"the metrics of step {step} could not be written: {error}") from error
 
 
+@contextlib.contextmanager
+def held_back() -> Iterator[list[logging.LogRecord]]:
+    """Collect what is logged in the block, while there is no monitor to show it; give it to one by `log.handle`."""
+    logger, collector = logging.getLogger("moejax"), _Collector()
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(collector)
+    try:
+        yield collector.records
+    finally:
+        logger.removeHandler(collector)
+        logger.propagate = propagate
+
+
+class _Collector(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep it."""
+        self.records.append(record)
+
+
 class _LogFile(logging.FileHandler):
     """The log file; a line that a full disk does not take is dropped without a traceback on the terminal."""
 

@@ -136,7 +136,8 @@ def test_documents_do_not_see_each_other():
     hidden, *_ = forward(model, tokens, segments_BS=segments, positions_BS=positions)
     other = tokens.at[:, :5].set((tokens[:, :5] + 1) % VOCAB)
     changed, *_ = forward(model, other, segments_BS=segments, positions_BS=positions)
-    np.testing.assert_array_equal(hidden[:, 5:], changed[:, 5:])
+    # Not to the bit: other tokens change which rows an expert multiplies together.
+    tolerance.assert_close(changed[:, 5:], hidden[:, 5:], tolerance.F32_MODEL)
     assert np.abs(hidden[:, :5] - changed[:, :5]).max() > 0.1
     alone, *_ = forward(model, tokens[1:, 5:])
     tolerance.assert_close(hidden[1:, 5:], alone, tolerance.F32_MODEL, "the second document by itself")
@@ -146,7 +147,7 @@ def test_the_future_is_not_seen():
     model, (tokens, *_) = make(), draw()
     hidden, *_ = forward(model, tokens)
     changed, *_ = forward(model, tokens.at[:, -1].set((tokens[:, -1] + 1) % VOCAB))
-    np.testing.assert_array_equal(hidden[:, :-1], changed[:, :-1])
+    tolerance.assert_close(changed[:, :-1], hidden[:, :-1], tolerance.F32_MODEL)
 
 
 @pytest.mark.parametrize(

@@ -226,7 +226,7 @@ def test_kill_and_sigterm_cost_nothing(run, tmp_path):
     process = spawn(run, workdir, *options)
     wait_for_step(workdir, 13, process)
     process.kill()
-    process.wait()
+    process.communicate()
     process = spawn(run, workdir, *options)
     wait_for_step(workdir, 33, process)
     process.send_signal(signal.SIGTERM)

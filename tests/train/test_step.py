@@ -124,7 +124,7 @@ def test_a_host_callback_would_be_seen():
 def test_global_norm_counts_every_expert_once():
     run = small.config()
     norms = []
-    for layout in ((1, 1), (1, 8), (8, 1)):
+    for layout in ((1, 1), (1, 4)):
         norms.append(float(small.Steps(run, *layout).take(small.random_batch(run, 0))["grad_norm"]))
     np.testing.assert_allclose(norms, norms[0], rtol=tolerance.F32_MODEL)
 
