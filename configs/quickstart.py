@@ -5,15 +5,30 @@
 Hardware: two CPU cores.
 """
 
-from train.config import CheckpointConfig, EvalConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
+from train.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 
 
 def config() -> TrainConfig:
-    """4 MoE layers of 8 experts, 2 per token, bytes as tokens."""
+    """4 MoE layers of 8 experts, 2 per token, bytes as tokens, Muon."""
     return TrainConfig(
-        steps=500,
-        model=ModelConfig(moe=MoEConfig(num_experts=8, top_k=2)),
-        optimizer=OptimizerConfig(name="muon", learning_rate=0.02, adam_learning_rate=2e-3, warmup_steps=50),
-        checkpoint=CheckpointConfig(every=250),
-        eval=EvalConfig(every=250, max_batches=20),
+        steps=400,
+        data=DataConfig(batch_size=8, sequence_length=128),
+        model=ModelConfig(d_model=192, moe=MoEConfig(num_experts=8, top_k=2, d_hidden=128)),
+        optimizer=OptimizerConfig(
+            name="muon",
+            learning_rate=0.015,
+            adam_learning_rate=0.008,
+            warmup_steps=40,
+            final_fraction=0.02,
+        ),
+        checkpoint=CheckpointConfig(every=200),
+        eval=EvalConfig(every=200, max_batches=32),
     )

@@ -162,10 +162,10 @@ def test_a_bug_shows_its_traceback(monkeypatch):
 
 
 def test_eval_prints_the_loss(capsys, monkeypatch, run_directory):
-    module = types.SimpleNamespace(evaluate_run=lambda run: {"run": 1.23456}[run])
+    module = types.SimpleNamespace(evaluate_run=lambda run: {"run": (1.23456, 4321)}[run])
     monkeypatch.setitem(sys.modules, "train.evaluate", module)
     assert main(["eval", "run"]) == 0
-    assert capsys.readouterr() == ("eval/loss 1.2346\n", "")
+    assert capsys.readouterr() == ("eval/loss 1.2346 nats per token over 4,321 tokens\n", "")
 
 
 def test_generate_writes_the_text_and_nothing_else(capsys, monkeypatch, run_directory):
@@ -188,7 +188,7 @@ def test_help_of_train_lists_every_field_with_type_default_and_meaning(capsys, c
     words = " ".join(out.replace("│", " ").split())
     assert "--data.batch_size INT Sequences per optimizer step over all devices" in words
     assert "--precision {f32,bf16}" in words
-    assert f"Optimizer steps. (default: {500 if config else 1000})" in words
+    assert f"Optimizer steps. (default: {400 if config else 1000})" in words
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))

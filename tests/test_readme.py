@@ -1,0 +1,16 @@
+"""What the README says can be copied and run."""
+
+import pathlib
+import re
+
+import pytest
+
+README = pathlib.Path(__file__).parent.parent / "README.md"
+
+
+@pytest.mark.repo
+def test_the_python_example_runs():
+    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    names = {}
+    exec(compile(example, str(README), "exec"), names)
+    assert names["y_TD"].shape == names["x_TD"].shape and float(names["loss"]) > 0
