@@ -1,0 +1,91 @@
+"""Is the loss the same on every layout? 50 f32 steps on 1, 2, 4 and 8 CPU devices, and the largest difference.
+
+    python -m benchmarks.layouts
+
+Same seed, data (the embedded corpus) and config; warm-up of 50 steps and the balance loss over the global batch. The
+reference is one device.
+"""
+
+import dataclasses
+import tempfile
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+import numpy as np  # noqa: E402  (the devices must be asked for first)
+
+import moejax  # noqa: E402
+from benchmarks import environment  # noqa: E402
+from configs import quickstart  # noqa: E402
+from train.config import TrainConfig  # noqa: E402
+from train.data import build_tokenizer, load_corpus, training_batches  # noqa: E402
+from train.evaluate import device_batch  # noqa: E402
+from train.model import ModelSpec  # noqa: E402
+from train.optimizer import make_optimizer, make_schedule  # noqa: E402
+from train.step import make_init, make_train_step, state_shardings  # noqa: E402
+
+STEPS = 50
+LAYOUTS = [(1, 1), (1, 2), (2, 1), (1, 4), (2, 2), (4, 1), (1, 8), (2, 4), (4, 2), (8, 1)]
+
+
+def config() -> TrainConfig:
+    base = quickstart.config()
+    return dataclasses.replace(
+        base,
+        steps=STEPS,
+        model=dataclasses.replace(base.model, num_layers=2, d_model=64),
+        optimizer=dataclasses.replace(base.optimizer, warmup_steps=STEPS),
+    )
+
+
+def losses(run: TrainConfig, data: int, expert: int) -> np.ndarray:
+    """Loss, auxiliary loss and gradient norm of every step, [STEPS, 3]."""
+    tokenizer = build_tokenizer(run.data)
+    batches = training_batches(
+        load_corpus(run.data, tokenizer),
+        batch_size=run.data.batch_size,
+        sequence_length=run.data.sequence_length,
+        seed=run.seed,
+    )
+    spec = ModelSpec.from_config(run, tokenizer.vocab_size)
+    optimizer = make_optimizer(run.optimizer, run.steps, spec)
+    mesh = moejax.make_mesh(data=data, expert=expert, devices=jax.devices()[: data * expert])
+    with jax.set_mesh(mesh):
+        init = make_init(spec, optimizer, run.seed)
+        shardings = state_shardings(spec, jax.eval_shape(init), mesh)
+        state = jax.jit(init, out_shardings=shardings)()
+        step = jax.jit(
+            make_train_step(spec, optimizer, make_schedule(run.optimizer, run.steps), mesh),
+            donate_argnums=0,
+            out_shardings=(shardings, None),
+        )
+        reports = []
+        for _ in range(STEPS):
+            state, metrics = step(state, device_batch(next(batches), mesh))
+            reports.append([metrics[name] for name in ("loss", "aux_loss", "grad_norm")])
+        batches.close()
+        return np.asarray(jax.device_get(reports), np.float64)
+
+
+def main() -> None:
+    run = config()
+    with tempfile.TemporaryDirectory() as cache:
+        jax.config.update("jax_compilation_cache_dir", cache)
+        results = {layout: losses(run, *layout) for layout in LAYOUTS}
+    reference = results[(1, 1)]
+    rows = []
+    for (data, expert), result in results.items():
+        worst = np.max(np.abs(result - reference) / np.abs(reference), axis=0)
+        rows.append(
+            [data * expert, data, expert, f"{result[-1, 0]:.7f}", *(f"{value:.1e}" for value in worst)]
+        )
+    header = ["devices", "data", "expert", "loss of step 50", "loss", "auxiliary loss", "gradient norm"]
+    text = "Largest relative difference from one device over 50 f32 steps:\n\n" + environment.table(
+        header, rows
+    )
+    environment.save("layouts", "The same loss on every layout", text)
+
+
+if __name__ == "__main__":
+    main()
