@@ -7,10 +7,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from custom_ops.varying import varying_axes
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from custom_ops.varying import varying_axes
 
 # Mesh axes, outermost first. Tokens are split over all of them.
 DATA = "data"
