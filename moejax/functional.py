@@ -19,8 +19,8 @@ from moejax.exchange import EXCHANGES
 from moejax.routing import softmax_top_k
 
 
-def route(logits_TE: jax.Array, top_k: int, *, normalize: bool = True) -> tuple[jax.Array, jax.Array]:
-    """Softmax top-k: ids_TK i32 and weights_TK f32 that (with `normalize`) sum to one per token."""
+def route(logits_TE: jax.Array, top_k: int, *, normalize: bool | None = None) -> tuple[jax.Array, jax.Array]:
+    """Softmax top-k: ids_TK i32 and weights_TK f32; `normalize` makes a token's weights sum to one (default: if K > 1)."""
     ids_TK, weights_TK, _ = softmax_top_k(logits_TE, top_k, normalize=normalize)
     return ids_TK, weights_TK
 

@@ -78,9 +78,13 @@ class TopK(nnx.Module):
 
 
 def softmax_top_k(
-    logits_TE: jax.Array, top_k: int, *, normalize: bool = True
+    logits_TE: jax.Array, top_k: int, *, normalize: bool | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The K experts of largest logit: ids_TK, their weights_TK, and the softmax scores_TE over all experts."""
+    """The K experts of largest logit: ids_TK, their weights_TK, and the softmax scores_TE over all experts.
+
+    With `normalize` a token's weights sum to one; by default they do where K > 1.
+    """
+    normalize = top_k > 1 if normalize is None else normalize
     scores_TE = jax.nn.softmax(logits_TE.astype(jnp.float32), axis=-1)
     ids_TK = keep_decision(jax.lax.top_k(jax.lax.stop_gradient(logits_TE), top_k)[1])
     # By comparison, so that the gradient is no scatter.

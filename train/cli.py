@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from train.config import TrainConfig
-from train.errors import ConfigError, RunError
+from train.errors import ConfigError, RunError, TrainingFailed
 from train.fields import convert, leaf_types, nearest, override, shown, unknown_field
 
 MAX_CPU_DEVICES = 4096
@@ -167,7 +167,10 @@ def _train(argument: str, options: Mapping[str, str]) -> int:
 
     from train.loop import train
 
-    train(config, name)
+    try:
+        train(config, name)
+    except (OSError, jax.errors.JaxRuntimeError) as error:
+        raise TrainingFailed(str(error).splitlines()[0]) from error
     return 0
 
 

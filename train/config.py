@@ -37,7 +37,7 @@ class RoutingConfig:
     normalize: bool | None = None
     """Make a token's combine weights sum to one. Unset: where it has several."""
     balance_weight: float = 0.01
-    """Weight of the load-balance loss, taken over the global batch."""
+    """Weight of the load-balance loss, over the tokens of all devices (of each accumulation part)."""
     z_weight: float = 0.001
     """Weight of the router z-loss."""
 

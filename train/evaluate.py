@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,8 +19,11 @@ from train.config import TrainConfig
 from train.config_io import load_config
 from train.data import load_corpus, load_tokenizer, validation_batches
 from train.errors import ConfigError
-from train.model import ModelSpec
+from train.model import ModelSpec, product_precision
 from train.step import BATCH_FIELDS, Batch, make_eval_step
+
+
+log = logging.getLogger("moejax")
 
 
 def device_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
@@ -74,12 +78,16 @@ def evaluate_run(run_dir: str) -> tuple[float, int]:
     corpus = load_corpus(config.data, tokenizer)
     spec = ModelSpec.from_config(config, tokenizer.vocab_size)
     mesh = fitting_mesh(config)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), product_precision(config):
         step, params = restore_params(directory, config, spec.abstract_params(mesh))
         batch_size = math.ceil(config.data.batch_size / mesh.size) * mesh.size
         batches = list(validation_batches(corpus, batch_size, config.data.sequence_length))
         loss = mean_loss(jax.jit(make_eval_step(spec)), params, batches, mesh)
     tokens = sum(int(np.sum(batch["targets"] >= 0)) for batch in batches)
-    with (directory / "log.txt").open("a", encoding="utf-8") as file:
-        file.write(f"eval/loss {loss:.6f} at step {step} over {tokens:,} tokens\n")
+    line = f"eval/loss {loss:.6f} at step {step} over {tokens:,} tokens"
+    try:
+        with (directory / "log.txt").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as error:  # a run that may only be read can still be evaluated
+        log.warning("%s could not be added to log.txt: %s", line, error.strerror)
     return loss, tokens

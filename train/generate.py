@@ -14,7 +14,7 @@ from train.config_io import load_config
 from train.data import load_tokenizer
 from train.errors import ConfigError
 from train.evaluate import restore_params
-from train.model import ModelSpec
+from train.model import ModelSpec, product_precision
 
 
 def sample(
@@ -68,10 +68,11 @@ def generate_run(
     @partial(jax.jit, donate_argnums=1)
     def advance(params, cache, tokens_S, start, key):
         positions = start + jnp.arange(tokens_S.shape[0], dtype=jnp.int32)
-        model = spec.merge(params)
-        hidden, _, _, cache = model(tokens_S[None], positions_BS=positions[None], cache=cache)
-        # Rows of the embedding beyond the tokenizer's vocabulary stand for nothing.
-        logits_V = model.logits(hidden[:, -1:])[0, 0, : tokenizer.vocab_size]
+        with product_precision(config):
+            model = spec.merge(params)
+            hidden, _, _, cache = model(tokens_S[None], positions_BS=positions[None], cache=cache)
+            # Rows of the embedding beyond the tokenizer's vocabulary stand for nothing.
+            logits_V = model.logits(hidden[:, -1:])[0, 0, : tokenizer.vocab_size]
         return draw(logits_V, key), cache
 
     window = config.data.sequence_length

@@ -21,7 +21,7 @@ from train.data import Corpus, build_tokenizer, load_corpus, training_batches, v
 from train.errors import ConfigError, Interrupted, TrainingFailed
 from train.evaluate import device_batch, mean_loss
 from train.lock import lock_run
-from train.model import ModelSpec
+from train.model import ModelSpec, product_precision
 from train.monitor import Monitor, held_back
 from train.optimizer import make_optimizer, make_schedule
 from train.reporter import Reporter
@@ -59,16 +59,16 @@ def train(config: TrainConfig, name: str) -> None:
     )
     spec = ModelSpec.from_config(config, tokenizer.vocab_size)
     mesh = moejax.make_mesh(data=config.mesh.data, expert=config.mesh.expert)
-    if config.precision == "f32":
-        jax.config.update("jax_default_matmul_precision", "float32")  # no TF32 on GPUs
 
     with ExitStack() as stack:
         stack.enter_context(closing(batches))
         stack.enter_context(jax.set_mesh(mesh))
-        workdir.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(product_precision(config))
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError("workdir", workdir, f"cannot be created: {error.strerror}") from error
         stack.enter_context(lock_run(workdir))
-        save_config(config, workdir / "config.yaml")
-        tokenizer.save(workdir)
         stop = stack.enter_context(stop_signals())
 
         # ---- model, optimizer, compiled steps ----
@@ -94,6 +94,13 @@ def train(config: TrainConfig, name: str) -> None:
         else:
             first, state, data_state, _ = restored
             batches.set_state(data_state)
+            if config.steps < first:
+                raise ConfigError(
+                    "steps", config.steps, f"must be at least {first}, which this run has already done"
+                )
+        # Only now is nothing left that could refuse to go on: a refused resume leaves the run as it was.
+        save_config(config, workdir / "config.yaml")
+        tokenizer.save(workdir)
 
         # ---- reports ----
         monitor = stack.enter_context(
@@ -109,6 +116,7 @@ def train(config: TrainConfig, name: str) -> None:
         for record in warnings:
             log.handle(record)
         reporter = Reporter(monitor, spec, mesh)
+        log.info("run directory: %s", workdir)
         _introduce(spec, corpus, mesh, first)
 
         # ---- the loop ----

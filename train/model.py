@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +18,11 @@ from train.config import MoEConfig, TrainConfig
 from train.validation import moe_layer_numbers
 
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
+
+
+def product_precision(config: TrainConfig) -> AbstractContextManager[object]:
+    """The context in which a run's products are computed: true f32 (no TF32 on GPUs), or as the hardware does bf16."""
+    return jax.default_matmul_precision("float32") if config.precision == "f32" else nullcontext()
 
 
 def experts_per_token(moe: MoEConfig) -> int:

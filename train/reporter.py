@@ -49,16 +49,19 @@ class Reporter:
     def _refuse_nan(self, step: int, metrics: dict[str, np.ndarray]) -> None:
         bad_layers = np.flatnonzero(~metrics["finite_layers"])
         bad_grads = np.flatnonzero(~metrics["finite_grads"])
-        if np.isfinite(metrics["loss"]) and not len(bad_layers) and not len(bad_grads):
+        sums = np.isfinite([metrics["loss"], metrics["aux_loss"], metrics["grad_norm"]]).all()
+        if sums and not len(bad_layers) and not len(bad_grads):
             return
         if len(bad_layers):
             where = f"layer {bad_layers[0]} is the first whose output is not finite"
         elif not np.isfinite(metrics["loss"]):
             where = "all layers are finite, the output projection is not"
-        else:
+        elif len(bad_grads):
             where = f"the gradient of {self._parameter_names[bad_grads[0]]} is not finite"
+        else:
+            where = f"grad_norm {float(metrics['grad_norm'])}, aux_loss {float(metrics['aux_loss'])}"
         raise TrainingFailed(
-            f"step {step}: loss {float(metrics['loss'])}: {where}; the last checkpoint is intact"
+            f"step {step}: loss {float(metrics['loss'])}: {where}; earlier checkpoints are intact"
         )
 
     def _scalars(self, metrics: dict[str, np.ndarray]) -> dict[str, float]:

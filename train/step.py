@@ -35,7 +35,7 @@ class TrainState:
       step: optimizer steps done, i32.
       params: nested dicts of f32 arrays.
       opt_state: Optax state.
-      key: data of the run's random key, u32; each step folds its number into it.
+      key: data of the run's random key, u32; for routers that draw.
     """
 
     step: jax.Array

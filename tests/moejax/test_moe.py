@@ -127,7 +127,13 @@ def test_masked_tokens_go_nowhere_even_if_nan(mesh_size):
     x, dy = draw()
     mask = jnp.arange(T) % 3 != 1
     mesh = mesh_size and moejax.make_mesh(expert=mesh_size, devices=jax.devices()[:mesh_size])
-    assert_equals_oracle(make_layer(2), x, dy, mask=mask, mesh=mesh)
+    layer = make_layer(2)
+    poisoned = jnp.where(mask[:, None], x, jnp.nan)
+    from_poisoned = layer_value_and_grads(layer, poisoned, dy, mask, mesh)
+    assert_equals_oracle(layer, x, dy, mask=mask, mesh=mesh)
+    jax.tree.map(
+        np.testing.assert_array_equal, from_poisoned, layer_value_and_grads(layer, x, dy, mask, mesh)
+    )
     y, stats = nnx.jit(lambda layer, x: layer(x, token_mask=jnp.zeros(T, bool)))(make_layer(2), x)
     assert not np.any(y) and float(stats.aux_loss) == 0 and not np.any(stats.load_E)
 

@@ -168,6 +168,27 @@ def test_another_run_in_the_same_workdir_is_refused(run, capsys, option, value, 
     assert not (run.workdir / "metrics.jsonl").exists()
 
 
+def test_a_refused_resume_leaves_the_run_as_it_was(run, capsys):
+    assert run("--steps", 6) == 0
+    files = {
+        path: path.read_bytes() for path in run.workdir.rglob("*") if path.is_file() and path.name != ".lock"
+    }
+    assert run("--steps", 4) == 2
+    assert "error: steps = 4: must be at least 6" in capsys.readouterr().err
+    run.text.write_text(run.text.read_text().replace("quick", "qu1ck"))
+    assert run("--steps", 8) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    assert all(path.read_bytes() == content for path, content in files.items())
+
+
+def test_a_workdir_that_cannot_be_made_is_bad_input(run, capsys):
+    run.workdir = run.workdir.with_name("file") / "below"
+    run.workdir.parent.write_text("in the way")
+    assert run() == 2
+    assert capsys.readouterr().err.startswith("error: workdir = ")
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [
