@@ -20,7 +20,7 @@ from moejax.routing import softmax_top_k
 
 
 def route(logits_TE: jax.Array, top_k: int, *, normalize: bool | None = None) -> tuple[jax.Array, jax.Array]:
-    """Softmax top-k: ids_TK i32 and weights_TK f32; `normalize` makes a token's weights sum to one (default: if K > 1)."""
+    """Softmax top-k: ids_TK i32 and weights_TK f32, which with `normalize` (default: if K > 1) sum to one per token."""
     ids_TK, weights_TK, _ = softmax_top_k(logits_TE, top_k, normalize=normalize)
     return ids_TK, weights_TK
 

@@ -22,7 +22,6 @@ from train.errors import ConfigError
 from train.model import ModelSpec, product_precision
 from train.step import BATCH_FIELDS, Batch, make_eval_step
 
-
 log = logging.getLogger("moejax")
 
 
