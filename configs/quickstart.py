@@ -19,7 +19,7 @@ from train.config import (
 def config() -> TrainConfig:
     """4 MoE layers of 8 experts, 2 per token, bytes as tokens, Muon."""
     return TrainConfig(
-        steps=400,
+        steps=240,
         data=DataConfig(batch_size=8, sequence_length=128),
         model=ModelConfig(d_model=192, moe=MoEConfig(num_experts=8, top_k=2, d_hidden=128)),
         optimizer=OptimizerConfig(
@@ -29,6 +29,6 @@ def config() -> TrainConfig:
             warmup_steps=40,
             final_fraction=0.02,
         ),
-        checkpoint=CheckpointConfig(every=200),
-        eval=EvalConfig(every=200, max_batches=32),
+        checkpoint=CheckpointConfig(every=120),
+        eval=EvalConfig(every=120, max_batches=32),
     )

@@ -188,7 +188,7 @@ def test_help_of_train_lists_every_field_with_type_default_and_meaning(capsys, c
     words = " ".join(out.replace("│", " ").split())
     assert "--data.batch_size INT Sequences per optimizer step over all devices" in words
     assert "--precision {f32,bf16}" in words
-    assert f"Optimizer steps. (default: {400 if config else 1000})" in words
+    assert f"Optimizer steps. (default: {240 if config else 1000})" in words
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
