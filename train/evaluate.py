@@ -48,8 +48,10 @@ def fitting_mesh(config: TrainConfig) -> Mesh:
     return moejax.make_mesh(expert=expert)
 
 
-def restore_params(run_dir: Path, config: TrainConfig, abstract_params: Any) -> tuple[int, Any]:
-    """Step and parameters of a run's newest sound checkpoint.
+def restore_params(
+    run_dir: Path, config: TrainConfig, abstract_params: Any
+) -> tuple[int, Any, dict[str, Any]]:
+    """Step, parameters and `extra` of a run's newest sound checkpoint.
 
     Raises:
       ConfigError: the run has none.
@@ -58,8 +60,7 @@ def restore_params(run_dir: Path, config: TrainConfig, abstract_params: Any) -> 
         restored = checkpoints.restore_params(abstract_params)
     if restored is None:
         raise ConfigError("RUN", run_dir, "has no checkpoint yet")
-    step, params, _ = restored
-    return step, params
+    return restored
 
 
 def evaluate_run(run_dir: str) -> tuple[float, int]:
@@ -78,7 +79,10 @@ def evaluate_run(run_dir: str) -> tuple[float, int]:
     spec = ModelSpec.from_config(config, tokenizer.vocab_size)
     mesh = fitting_mesh(config)
     with jax.set_mesh(mesh), product_precision(config):
-        step, params = restore_params(directory, config, spec.abstract_params(mesh))
+        step, params, extra = restore_params(directory, config, spec.abstract_params(mesh))
+        if extra["content_hash"] != corpus.content_hash:
+            rule = "its content has changed since the run; on another split the loss would say nothing"
+            raise ConfigError("data.path", config.data.path, rule)
         batch_size = math.ceil(config.data.batch_size / mesh.size) * mesh.size
         batches = list(validation_batches(corpus, batch_size, config.data.sequence_length))
         loss = mean_loss(jax.jit(make_eval_step(spec)), params, batches, mesh)

@@ -62,7 +62,7 @@ def generate_run(
     spec = ModelSpec.from_config(config, tokenizer.vocab_size)
     if top_k is not None and not 1 <= top_k <= tokenizer.vocab_size:
         raise ConfigError("--top-k", top_k, f"must be between 1 and the vocabulary ({tokenizer.vocab_size})")
-    _, params = restore_params(directory, config, spec.abstract_params(None))
+    _, params, _ = restore_params(directory, config, spec.abstract_params(None))
     draw = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p)
 
     @partial(jax.jit, donate_argnums=1)

@@ -138,7 +138,8 @@ def train(config: TrainConfig, name: str) -> None:
                 reporter.flush()
                 with monitor.paused():
                     _refuse_broken(step, state)
-                    checkpoints.save(step, state, batches.get_state(), evaluation)
+                    extra = {"content_hash": corpus.content_hash, **evaluation}
+                    checkpoints.save(step, state, batches.get_state(), extra)
 
             if stop.number and not last:
                 checkpoints.wait()

@@ -259,12 +259,15 @@ def test_kill_and_sigterm_cost_nothing(run, tmp_path):
     assert small.read_metrics(workdir) == small.read_metrics(tmp_path / "whole")
 
 
-def test_evaluation_counts_every_token_of_the_split_once(run):
+def test_evaluation_counts_every_token_of_the_split_once(run, capsys):
     assert run("--steps", 2) == 0
     loss, tokens = evaluate_run(str(run.workdir))
     config, tokenizer = load_config(run.workdir / "config.yaml"), load_tokenizer(run.workdir)
     assert tokens == load_corpus(config.data, tokenizer).validation.num_predictions
     assert loss == pytest.approx(small.read_metrics(run.workdir)[-1]["eval/loss"], rel=tolerance.F32)
+    run.text.write_text(run.text.read_text().replace("quick", "brisk"))
+    assert cli.main(["eval", str(run.workdir)]) == 2
+    assert "error: data.path" in capsys.readouterr().err
 
 
 def test_generation_is_greedy_at_temperature_0_and_equals_the_whole_forward(run):
