@@ -151,9 +151,8 @@ class MoE(nnx.Module):
         levels = [EXCHANGES[self.exchange](EXPERT, self.num_experts // size)] if size > 1 else []
 
         if mask_T is not None:
-            x_TD = jnp.where(
-                mask_T[:, None], x_TD, 0
-            )  # 0 times the NaN of a masked token would be NaN in backward
+            # In backward, 0 times the NaN of a masked token would be NaN.
+            x_TD = jnp.where(mask_T[:, None], x_TD, 0)
         routing = router(x_TD, token_mask_T=mask_T, token_ids_T=token_ids_T, key=key)
         in_range_TK = (routing.ids_TK >= 0) & (routing.ids_TK < self.num_experts)
         ids_TK = jnp.where(in_range_TK, routing.ids_TK, -1)
