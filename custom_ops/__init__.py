@@ -7,3 +7,5 @@ from custom_ops.permute import permute as permute
 from custom_ops.permute import unpermute as unpermute
 from custom_ops.plan import DispatchPlan as DispatchPlan
 from custom_ops.plan import make_plan as make_plan
+from custom_ops.swiglu import swiglu as swiglu
+from custom_ops.swiglu import swiglu_backward as swiglu_backward

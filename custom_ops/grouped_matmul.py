@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from custom_ops import grouped_matmul_windows, reference
+from custom_ops import grouped_matmul_native, grouped_matmul_windows, native, reference
 from custom_ops.checks import require, require_array
 from custom_ops.varying import vary_alike
 
@@ -32,6 +32,9 @@ class Implementation(NamedTuple):
 
 
 IMPLEMENTATIONS = {
+    "native": Implementation(
+        grouped_matmul_native.forward, grouped_matmul_native.dlhs, grouped_matmul_native.drhs
+    ),
     "windows": Implementation(
         grouped_matmul_windows.forward, grouped_matmul_windows.dlhs, grouped_matmul_windows.drhs
     ),
@@ -44,10 +47,11 @@ IMPLEMENTATIONS = {
 def default_implementation() -> str:
     """The name used when none is given.
 
-    "windows" everywhere: it is the fast one on CPU, and plain XLA, so that it is correct on a GPU too and
-    costs no more FLOPs there than the groups have; it does not fill a GPU.
+    "native" on CPU where the library was built; otherwise "windows", which is plain XLA, so that it is correct
+    everywhere and costs no more FLOPs than the groups have; it does not fill a GPU.
     """
-    return "windows"
+    on_cpu = jax.default_backend() == "cpu"
+    return "native" if on_cpu and native.cpu_library() is not None else "windows"
 
 
 def grouped_matmul(

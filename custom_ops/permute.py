@@ -8,6 +8,7 @@ have a fixed order.
 import jax
 import jax.numpy as jnp
 
+from custom_ops import native
 from custom_ops.checks import require, require_array
 from custom_ops.plan import DispatchPlan
 from custom_ops.varying import vary_alike
@@ -31,7 +32,7 @@ def permute(x_TD: jax.Array, plan: DispatchPlan, weights_TK: jax.Array | None = 
         return _permute_weighted(x_TD, weights_TK, plan)
     x_TD, _, plan = _vary_alike(x_TD, None, plan)
     if not jnp.issubdtype(x_TD.dtype, jnp.inexact):
-        return _gather_tokens(x_TD, plan)
+        return _move_tokens(x_TD, plan)
     return _permute(x_TD, plan)
 
 
@@ -68,7 +69,55 @@ def _vary_alike(payload, weights_TK, plan: DispatchPlan):
     return jax.tree.unflatten(treedef, vary_alike(*leaves))
 
 
-# The gathers
+# The moves: by the compiled library on CPU, elsewhere as gathers of XLA
+
+
+def _move_tokens(x_TD, plan: DispatchPlan, weights_TK=None):
+    """Each token's row to its places, times the weights if there are any."""
+    if not native.supports(x_TD.dtype if weights_TK is not None else jnp.float32):
+        return _gather_tokens(x_TD, plan, weights_TK)
+
+    def library(x_TD, plan, weights_TK):
+        rows = jax.ShapeDtypeStruct((plan.choice_N.shape[0], x_TD.shape[1]), x_TD.dtype)
+        weights = _or_none(weights_TK, x_TD.dtype)
+        return native.call("moejax_permute", rows, x_TD, plan.position_TK, plan.choice_N, weights)
+
+    return native.on_cpu(library, _gather_tokens, (x_TD, plan, weights_TK))
+
+
+def _sum_rows(rows_ND, plan: DispatchPlan, weights_TK=None):
+    """The sum of each token's rows, times the weights if there are any."""
+    if not native.supports(rows_ND.dtype):
+        return _gather_sum(rows_ND, plan, weights_TK)
+
+    def library(rows_ND, plan, weights_TK):
+        y = jax.ShapeDtypeStruct((plan.position_TK.shape[0], rows_ND.shape[1]), rows_ND.dtype)
+        weights = _or_none(weights_TK, rows_ND.dtype)
+        return native.call("moejax_unpermute", y, rows_ND, plan.position_TK, weights)
+
+    return native.on_cpu(library, _gather_sum, (rows_ND, plan, weights_TK))
+
+
+def _move_and_dot(rows_ND, dy_TD, weights_TK, plan: DispatchPlan):
+    """Both gradients of a weighted sum of rows in one pass: drows_ND, and <row, dy> for every choice."""
+    if not native.supports(rows_ND.dtype):
+        return _gather_and_dot(rows_ND, dy_TD, weights_TK, plan)
+
+    def library(rows_ND, dy_TD, weights_TK, plan):
+        results = (
+            jax.ShapeDtypeStruct(rows_ND.shape, rows_ND.dtype),
+            jax.ShapeDtypeStruct(weights_TK.shape, rows_ND.dtype),
+        )
+        operands = (rows_ND, dy_TD, plan.position_TK, plan.choice_N, weights_TK.astype(rows_ND.dtype))
+        drows_ND, dots_TK = native.call("moejax_unpermute_backward", results, *operands)
+        return drows_ND, dots_TK.astype(weights_TK.dtype)
+
+    return native.on_cpu(library, _gather_and_dot, (rows_ND, dy_TD, weights_TK, plan))
+
+
+def _or_none(weights_TK, dtype) -> jax.Array:
+    """The weights as the library takes them: no elements for none."""
+    return jnp.zeros((0, 0), dtype) if weights_TK is None else weights_TK.astype(dtype)
 
 
 def _wide(dtype) -> jnp.dtype:
@@ -115,33 +164,44 @@ def _gather_dot(rows_ND, y_TD, plan: DispatchPlan, dtype):
     return jnp.stack(dots, axis=-1).astype(dtype)
 
 
+def _gather_and_dot(rows_ND, dy_TD, weights_TK, plan: DispatchPlan):
+    drows_ND = _gather_tokens(dy_TD, plan, weights_TK)
+    return drows_ND, _gather_dot(rows_ND, dy_TD, plan, weights_TK.dtype)
+
+
 # The rules: each backward calls such ops again, so that it can be differentiated in turn.
 
 
 @jax.custom_vjp
 def _permute(x_TD, plan):
-    return _gather_tokens(x_TD, plan)
+    return _move_tokens(x_TD, plan)
 
 
 @jax.custom_vjp
 def _unpermute(rows_ND, plan):
-    return _gather_sum(rows_ND, plan)
+    return _sum_rows(rows_ND, plan)
 
 
 @jax.custom_vjp
 def _permute_weighted(x_TD, weights_TK, plan):
-    return _gather_tokens(x_TD, plan, weights_TK)
+    return _move_tokens(x_TD, plan, weights_TK)
 
 
 @jax.custom_vjp
 def _unpermute_weighted(rows_ND, weights_TK, plan):
-    return _gather_sum(rows_ND, plan, weights_TK)
+    return _sum_rows(rows_ND, plan, weights_TK)
 
 
 @jax.custom_vjp
 def _row_dot(rows_ND, y_TD, weights_TK, plan):
     """The weights' gradient; `weights_TK` only lends its dtype."""
     return _gather_dot(rows_ND, y_TD, plan, weights_TK.dtype)
+
+
+@jax.custom_vjp
+def _unpermute_backward(rows_ND, dy_TD, weights_TK, plan):
+    """Gradients of a weighted `unpermute`: of its rows and of its weights."""
+    return _move_and_dot(rows_ND, dy_TD, weights_TK, plan)
 
 
 def _permute_fwd(x_TD, plan):
@@ -176,8 +236,18 @@ def _unpermute_weighted_fwd(rows_ND, weights_TK, plan):
 
 def _unpermute_weighted_bwd(saved, dy_TD):
     rows_ND, weights_TK, plan = saved
-    drows_ND = _permute_weighted(dy_TD, weights_TK, plan)
-    return drows_ND, _row_dot(rows_ND, dy_TD, weights_TK, plan), None
+    return *_unpermute_backward(rows_ND, dy_TD, weights_TK, plan), None
+
+
+def _unpermute_backward_fwd(rows_ND, dy_TD, weights_TK, plan):
+    return _unpermute_backward(rows_ND, dy_TD, weights_TK, plan), (rows_ND, dy_TD, weights_TK, plan)
+
+
+def _unpermute_backward_bwd(saved, cotangents):
+    rows_ND, dy_TD, weights_TK, plan = saved
+    g_ND, g_TK = cotangents
+    ddy_TD = _unpermute_weighted(g_ND, weights_TK, plan) + _unpermute_weighted(rows_ND, g_TK, plan)
+    return _permute_weighted(dy_TD, g_TK, plan), ddy_TD, _row_dot(g_ND, dy_TD, weights_TK, plan), None
 
 
 def _row_dot_fwd(rows_ND, y_TD, weights_TK, plan):
@@ -194,4 +264,5 @@ _permute.defvjp(_permute_fwd, _permute_bwd)
 _unpermute.defvjp(_unpermute_fwd, _unpermute_bwd)
 _permute_weighted.defvjp(_permute_weighted_fwd, _permute_weighted_bwd)
 _unpermute_weighted.defvjp(_unpermute_weighted_fwd, _unpermute_weighted_bwd)
+_unpermute_backward.defvjp(_unpermute_backward_fwd, _unpermute_backward_bwd)
 _row_dot.defvjp(_row_dot_fwd, _row_dot_bwd)

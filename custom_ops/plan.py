@@ -4,11 +4,14 @@ Shapes: T tokens, K choices per token, P destinations, N rows, B rows of one buc
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from custom_ops import native
 from custom_ops.checks import MAX_ELEMENTS, require, require_array
 from custom_ops.varying import vary_like
 
@@ -80,7 +83,31 @@ def make_plan(
     dest_TK = dest_TK.astype(jnp.int32)
     if M == 0:
         return _empty_plan(dest_TK, P, N)
+    by_xla = functools.partial(_plan_by_xla, P=P, bucket_rows=bucket_rows, unique=unique)
+    if native.cpu_library() is None:
+        return by_xla(dest_TK)
+    library = functools.partial(_plan_by_library, P=P, N=N, bucket_rows=bucket_rows, unique=unique)
+    return native.on_cpu(library, by_xla, (dest_TK,))
 
+
+def _plan_by_library(dest_TK, *, P: int, N: int, bucket_rows: int | None, unique: bool) -> DispatchPlan:
+    results = [
+        jax.ShapeDtypeStruct(dest_TK.shape, jnp.int32),
+        jax.ShapeDtypeStruct((N,), jnp.int32),
+        jax.ShapeDtypeStruct((P,), jnp.int32),
+        jax.ShapeDtypeStruct(dest_TK.shape, jnp.bool_),
+        jax.ShapeDtypeStruct((), jnp.int32),
+    ]
+    attributes = {"bucket_rows": np.int64(-1 if bucket_rows is None else bucket_rows), "unique": unique}
+    position_TK, choice_N, sizes_P, served_TK, num_invalid = native.call(
+        "moejax_make_plan", results, dest_TK, **attributes
+    )
+    return DispatchPlan(position_TK, choice_N, sizes_P, served_TK, num_invalid, dest_TK.shape[1])
+
+
+def _plan_by_xla(dest_TK, *, P: int, bucket_rows: int | None, unique: bool) -> DispatchPlan:
+    T, K = dest_TK.shape
+    M = T * K
     valid_TK = (dest_TK >= 0) & (dest_TK < P)
     num_invalid = jnp.sum(~valid_TK & (dest_TK != -1), dtype=jnp.int32)
     dest_TK = jnp.where(valid_TK, dest_TK, P)
@@ -102,7 +129,7 @@ def make_plan(
         group_sizes_P = jnp.minimum(counts_P, bucket_rows)
         row_PB = lax.broadcasted_iota(jnp.int32, (P, bucket_rows), 1)
         source_PB = jnp.minimum(starts_P[:, None] + row_PB, M - 1)
-        choice_N = jnp.where(row_PB < group_sizes_P[:, None], _take(choice_M, source_PB), -1).reshape(N)
+        choice_N = jnp.where(row_PB < group_sizes_P[:, None], _take(choice_M, source_PB), -1).reshape(-1)
 
     position_TK = position_M.reshape(T, K)
     served_TK = valid_TK & (jnp.take_along_axis(position_TK, first_TK, axis=1) >= 0)

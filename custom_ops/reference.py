@@ -109,6 +109,20 @@ def grouped_matmul_drhs(rows_ND, dout_NF, group_sizes_E, dtype=None) -> jax.Arra
     return lax.map(product, _group_masks(group_sizes_E, rows_ND.shape[0])).astype(dtype or rows_ND.dtype)
 
 
+def swiglu(hidden_N2F) -> jax.Array:
+    """See `custom_ops.swiglu`."""
+    gate_NF, up_NF = jnp.split(hidden_N2F, 2, axis=-1)
+    return jax.nn.silu(gate_NF) * up_NF
+
+
+def swiglu_backward(hidden_N2F, da_NF, weight_N) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See `custom_ops.swiglu_backward`."""
+    a_NF, vjp = jax.vjp(swiglu, hidden_N2F)
+    d_weight_N = jnp.sum(da_NF * a_NF.astype(da_NF.dtype), axis=-1)
+    (dh_N2F,) = vjp((da_NF * weight_N[:, None]).astype(a_NF.dtype))
+    return (a_NF * weight_N[:, None]).astype(a_NF.dtype), dh_N2F, d_weight_N
+
+
 def _group_masks(group_sizes_E, N: int) -> jax.Array:
     """bool [E, N]: the row belongs to the group."""
     ends_E = jnp.cumsum(group_sizes_E)

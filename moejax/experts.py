@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,37 @@ from custom_ops import (
     grouped_matmul_dlhs,
     grouped_matmul_drhs,
     permute,
+    swiglu,
+    swiglu_backward,
     unpermute,
 )
-from moejax.layers import ACTIVATIONS, init_matrix
+from moejax.layers import ACTIVATIONS, gelu, init_matrix
+
+
+class Activation(NamedTuple):
+    """An expert's activation and what its backward pass needs of it.
+
+    Fields:
+      forward: hidden_NH -> a_NF.
+      backward: (hidden_NH, da_NF, weight_N) -> (weight * a_NF, dh_NH, d_weight_N = <da, a>); see
+        `custom_ops.swiglu_backward`.
+    """
+
+    forward: Callable[[jax.Array], jax.Array]
+    backward: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
+
+
+def _gelu_backward(hidden_NF, da_NF, weight_N):
+    a_NF, vjp = jax.vjp(gelu, hidden_NF)
+    d_weight_N = jnp.sum(da_NF * a_NF.astype(da_NF.dtype), axis=-1)
+    (dh_NF,) = vjp((da_NF * weight_N[:, None]).astype(a_NF.dtype))
+    return (a_NF * weight_N[:, None]).astype(a_NF.dtype), dh_NF, d_weight_N
+
+
+EXPERT_ACTIVATIONS = {
+    "swiglu": Activation(swiglu, swiglu_backward),
+    "gelu": Activation(gelu, _gelu_backward),
+}
 
 
 class Experts(nnx.Module):
@@ -61,13 +90,13 @@ class Experts(nnx.Module):
         """Sum over a token's choices of weight * expert(x): [T, D]."""
         w_in_EDH = self.w_in[...].reshape(*self.w_in.shape[:2], -1).astype(self.dtype)
         w_out_EFD = self.w_out[...].astype(self.dtype)
-        activation = ACTIVATIONS[self.activation][0]
+        activation = EXPERT_ACTIVATIONS[self.activation]
         return expert_ffn(activation, x_TD.astype(self.dtype), plan, weights_TK, w_in_EDH, w_out_EFD)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def expert_ffn(
-    activation: Callable[[jax.Array], jax.Array],
+    activation: Activation,
     x_TD: jax.Array,
     plan: DispatchPlan,
     weights_TK: jax.Array,
@@ -85,7 +114,7 @@ def expert_ffn(
 
 def _expert_ffn_forward(activation, x_TD, plan, weights_TK, w_in_EDH, w_out_EFD):
     hidden_NH = grouped_matmul(permute(x_TD, plan), w_in_EDH, plan.group_sizes_P)
-    y_ND = grouped_matmul(activation(hidden_NH), w_out_EFD, plan.group_sizes_P)
+    y_ND = grouped_matmul(activation.forward(hidden_NH), w_out_EFD, plan.group_sizes_P)
     y_TD = unpermute(y_ND, plan, weights_TK)
     return y_TD, (x_TD, plan, weights_TK, w_in_EDH, w_out_EFD, hidden_NH)
 
@@ -94,17 +123,14 @@ def _expert_ffn_backward(activation, residuals, dy_TD):
     x_TD, plan, weights_TK, w_in_EDH, w_out_EFD, hidden_NH = residuals
     sizes = plan.group_sizes_P
     wide = jnp.promote_types(dy_TD.dtype, jnp.float32)
-    weight_N1 = plan.choices_to_rows(weights_TK)[:, None].astype(wide)
+    weight_N = plan.choices_to_rows(weights_TK).astype(wide)
 
     # With dA' = dY @ w_out.T before weighting: d weight = <dA', A>, dA = weight * dA'.
     dy_ND = permute(dy_TD, plan)
     da_NF = grouped_matmul_dlhs(dy_ND, w_out_EFD, sizes).astype(wide)
-    a_NF, activation_vjp = jax.vjp(activation, hidden_NH)
-    d_weight_N = jnp.sum(da_NF * a_NF.astype(wide), axis=-1)
-    weighted_a_NF = (a_NF * weight_N1).astype(a_NF.dtype)
+    weighted_a_NF, dh_NH, d_weight_N = activation.backward(hidden_NH, da_NF, weight_N)
     dw_out_EFD = grouped_matmul_drhs(weighted_a_NF, dy_ND, sizes)
 
-    (dh_NH,) = activation_vjp((da_NF * weight_N1).astype(a_NF.dtype))
     dw_in_EDH = grouped_matmul_drhs(permute(x_TD, plan), dh_NH, sizes)
     dx_TD = unpermute(grouped_matmul_dlhs(dh_NH, w_in_EDH, sizes), plan)
     d_weights_TK = plan.rows_to_choices(d_weight_N).astype(weights_TK.dtype)

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from custom_ops.reference import swiglu
+
 _TRUNCATED_STD = 0.87962566  # standard deviation of a unit normal cut at +-2
 
 
@@ -52,12 +54,6 @@ def rotary(x_BSHh: jax.Array, positions_BS: jax.Array, theta: float) -> jax.Arra
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BSHh.dtype)
 
 
-def swiglu(gate_up_N2F: jax.Array) -> jax.Array:
-    """silu(gate) * up, gate the first half (Shazeer 2020, eq. 6): [..., 2F] -> [..., F]."""
-    gate, up = jnp.split(gate_up_N2F, 2, axis=-1)
-    return jax.nn.silu(gate) * up
-
-
 def gelu(x_NF: jax.Array) -> jax.Array:
     """Tanh-approximated GELU (Hendrycks & Gimpel 2016): [..., F] -> [..., F]."""
     return jax.nn.gelu(x_NF, approximate=True)
@@ -66,7 +62,7 @@ def gelu(x_NF: jax.Array) -> jax.Array:
 # Backward keeps what goes into an activation and computes its inner steps again: cheaper than to store them.
 # Name -> (function, number of input columns per hidden column).
 ACTIVATIONS: dict[str, tuple[Callable[[jax.Array], jax.Array], int]] = {
-    "swiglu": (swiglu, 2),
+    "swiglu": (swiglu, 2),  # plain XLA, which a compiler that splits dense layers over devices can split
     "gelu": (gelu, 1),
 }
 
