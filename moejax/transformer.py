@@ -21,6 +21,8 @@ from moejax.moe import MoE, MoEStats
 from moejax.routing import ROUTING_DECISION
 
 _policies = jax.checkpoint_policies
+# As a loop, a few small layers spend a tenth of their time on copies into and out of stacked arrays.
+_MAX_UNROLLED = 4
 _KEEP_ROUTING = _policies.save_only_these_names(ROUTING_DECISION)
 
 # What backward computes again. All but "none" still keep every routing decision.
@@ -176,8 +178,13 @@ class Transformer(nnx.Module):
         by_layer = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])  # noqa: E731
 
         x_BSD = self._embed(tokens_BS)
+        repetitions = self.num_layers // period
         x_BSD, (stats, finite, cache) = jax.lax.scan(
-            run_period, x_BSD, (stacked, jax.tree.map(by_period, cache))
+            run_period,
+            x_BSD,
+            (stacked, jax.tree.map(by_period, cache)),
+            # Remat relies on the loop: without one, XLA would merge what is computed again with what was.
+            unroll=policy is None and repetitions <= _MAX_UNROLLED,
         )
         stats, finite_L, cache = jax.tree.map(by_layer, (stats, finite, cache))
         return self.final_norm(x_BSD), stats, finite_L, cache
