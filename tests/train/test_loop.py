@@ -114,7 +114,7 @@ def test_nan_ends_the_run_and_names_step_and_layer(run, capsys):
     other = run.workdir.with_name("other")
     assert cli.main(["train", str(run.config), "--workdir", str(other), *map(str, options)]) == 3
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert re.match(r"error: step \d+: .*(layer \d+|parameters|gradient)", error), error
+    assert re.match(r"error: step \d+: .*layer \d+", error), error
     left = other / "checkpoints"
     assert not left.exists() or not [path for path in left.iterdir() if path.name.isdecimal()]
     assert sorted(path.name for path in (run.workdir / "checkpoints").iterdir()) == good
