@@ -161,16 +161,12 @@ def _train(argument: str, options: Mapping[str, str]) -> int:
 
     import jax
 
-    from train.validation import validate
-
-    validate(config, len(jax.devices()))
-
     from train.loop import train
 
     try:
         train(config, name)
     except (OSError, jax.errors.JaxRuntimeError) as error:
-        raise TrainingFailed(str(error).splitlines()[0]) from error
+        raise TrainingFailed(str(error).partition("\n")[0] or type(error).__name__) from error
     return 0
 
 

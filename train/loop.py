@@ -6,18 +6,19 @@ import logging
 from contextlib import ExitStack, closing
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 import moejax
 from moejax.cost import peak_flops, train_flops_per_token
-from train.checkpoint import Checkpoints
+from train.checkpoint import BEST, EXTENT, Checkpoints
 from train.config import TrainConfig
-from train.config_io import load_config, refuse_other_run, save_config
+from train.config_io import load_config, refuse_other_run, save_config, with_absolute_paths
 from train.data import Corpus, build_tokenizer, load_corpus, training_batches, validation_batches
 from train.errors import ConfigError, Interrupted
-from train.evaluate import device_batch, mean_loss
+from train.evaluate import device_batch, evaluate
 from train.lock import lock_run
 from train.model import ModelSpec, product_precision
 from train.monitor import Monitor, held_back
@@ -43,8 +44,10 @@ def train(config: TrainConfig, name: str) -> None:
     # ---- input: everything that can be refused is refused before the workdir exists ----
     validate(config, jax.device_count())
     workdir = Path(config.workdir or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}")
-    if (workdir / "config.yaml").exists():
-        refuse_other_run(workdir, load_config(workdir / "config.yaml"), config)
+    earlier = load_config(workdir / "config.yaml") if (workdir / "config.yaml").exists() else None
+    config = with_absolute_paths(config, earlier)
+    if earlier is not None:
+        refuse_other_run(workdir, earlier, config)
     tokenizer = build_tokenizer(config.data)
     if config.model.vocab_size is not None and config.model.vocab_size < tokenizer.vocab_size:
         rule = f"must be at least the tokenizer's vocabulary ({tokenizer.vocab_size})"
@@ -71,12 +74,11 @@ def train(config: TrainConfig, name: str) -> None:
         # ---- restore, or begin ----
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config.checkpoint))
         with held_back() as warnings:
-            restored = checkpoints.restore(program.abstract_state)
+            restored = checkpoints.restore(program.abstract_state, accept=batches.set_state)
         if restored is None:
             first, state = 0, program.init()
         else:
-            first, state, data_state, _ = restored
-            batches.set_state(data_state)
+            first, state, *_ = restored
             if config.steps < first:
                 raise ConfigError(
                     "steps", config.steps, f"must be at least {first}, which this run has already done"
@@ -108,20 +110,24 @@ def train(config: TrainConfig, name: str) -> None:
             last = step == config.steps
             reporter.add(step, metrics, logged=last or step == 1 or step % config.log.every == 0)
 
-            evaluation: dict[str, float] = {}
+            extra: dict[str, Any] = {"content_hash": corpus.content_hash}
+            is_best = False
             if last or _due(step, config.eval.every):
                 reporter.flush()
                 with monitor.paused():
-                    max_batches = None if last else config.eval.max_batches
-                    split = validation_batches(corpus, batch_size, sequence_length, max_batches)
-                    evaluation["eval/loss"] = mean_loss(program.eval_step, state.params, split, mesh)
-                monitor.evaluation(step, evaluation["eval/loss"])
+                    part = config.eval.max_batches
+                    split = validation_batches(corpus, batch_size, sequence_length, None if last else part)
+                    evaluation = evaluate(program.eval_step, state.params, split, mesh)
+                    # The last one is over the whole split, but compared by the part that the others are over.
+                    best_by = evaluation.loss(part), evaluation.tokens(part)
+                    extra |= dict(zip((BEST, EXTENT), best_by, strict=True))
+                    is_best = config.checkpoint.every > 0 and checkpoints.would_be_best(*best_by)
+                monitor.evaluation(step, evaluation.loss())
 
-            if last or _due(step, config.checkpoint.every) or stop.number:
+            if last or _due(step, config.checkpoint.every) or is_best or stop.number:
                 reporter.flush()
                 with monitor.paused():
                     reporter.refuse_broken(step, state.params)
-                    extra = {"content_hash": corpus.content_hash, **evaluation}
                     checkpoints.save(step, state, batches.get_state(), extra)
 
             if stop.number and not last:
