@@ -159,11 +159,11 @@ def _introduce(spec: ModelSpec, corpus: Corpus, mesh: Mesh, first: int) -> None:
 
 
 def _mfu_per_token(spec: ModelSpec, mesh: Mesh) -> float | None:
-    """Model FLOPs utilisation per token/s, against the devices' bf16 peak; None where that is not known."""
-    peak = peak_flops(mesh.devices.flat[0])
+    """Model FLOPs utilisation per token/s, against the devices' peak in the run's precision; None if not known."""
+    peak = peak_flops(mesh.devices.flat[0].device_kind, spec.config.precision)
     if peak is None:
         return None
     model, sequence_length = spec.config.model, spec.config.data.sequence_length
-    _, active = spec.count_parameters()
+    active = spec.active_matrix_parameters()
     flops = train_flops_per_token(active, model.num_layers, model.d_model, sequence_length)
     return flops / (peak * mesh.size)

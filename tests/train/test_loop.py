@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from jax._src import array
 
+import moejax
 from tests import tolerance
 from tests.train import small
 from train import cli
@@ -361,8 +362,7 @@ def test_evaluation_holds_few_batches_at_once(monkeypatch):
     assert found.tokens(2) == 4 and found.loss(2) == 1 / 4
 
 
-def test_generation_is_greedy_at_temperature_0_and_equals_the_whole_forward(run):
-
+def test_generation_is_greedy_at_temperature_0_and_equals_the_whole_forward(run, monkeypatch):
     assert run("--steps", 12, "--optimizer.warmup_steps", 1, "--optimizer.learning_rate", 0.01) == 0
     config, tokenizer = load_config(run.workdir / "config.yaml"), load_tokenizer(run.workdir)
     text = "".join(generate_run(str(run.workdir), "the", max_tokens=8, temperature=0))
@@ -374,6 +374,18 @@ def test_generation_is_greedy_at_temperature_0_and_equals_the_whole_forward(run)
             hidden, *_ = model(np.asarray([ids], np.int32))
             ids.append(int(model.logits(hidden)[0, -1].argmax()))
     assert text == "the" + tokenizer.decode(ids[4:])
+
+    shapes = []
+    call = moejax.Transformer.__call__
+
+    def spy(self, tokens_BS, **options):
+        shapes.append(tokens_BS.shape[1])
+        return call(self, tokens_BS, **options)
+
+    monkeypatch.setattr(moejax.Transformer, "__call__", spy)
+    for prompt in ("t", "to be or no"):
+        list(generate_run(str(run.workdir), prompt, max_tokens=1, temperature=0))
+    assert shapes == [16, 16], "one length for short prompts, and nothing is computed after the last token"
 
 
 def test_sampling_keeps_to_top_k_and_top_p():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,14 @@ import pytest
 from flax import nnx
 
 import moejax
+from moejax.cost import peak_flops
 from tests import tolerance
 from tests.moejax import oracle
 from tests.train import small
 from train.config import ModelConfig, MoEConfig, OptimizerConfig, RoutingConfig
 from train.errors import TrainingFailed
+from train.model import ModelSpec
+from train.program import _compiler_options
 from train.reporter import Reporter
 from train.step import make_loss
 
@@ -274,3 +278,31 @@ def test_a_router_that_draws_nothing_costs_no_random_numbers():
     with jax.set_mesh(trainer.mesh):
         assert not draws(trainer.step.lower(trainer.state, trainer.put(small.random_batch(run, 0))).compile())
     assert draws(jax.jit(jax.random.bits).lower(jax.random.key(0)).compile()), "drawing would be seen"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_only_products_count_as_work(tied):
+    model = dataclasses.replace(small.config().model, tie_embeddings=tied)
+    spec = ModelSpec.from_config(small.config(model=model), small.VOCAB)
+    attention, router, experts = 4 * 16 * 16, 16 * 8, 2 * (16 * 2 * 8 + 8 * 16)
+    output = small.VOCAB * 16
+    assert spec.active_matrix_parameters() == 2 * (attention + router + experts) + output
+
+
+def test_peaks_are_those_of_the_precision():
+    assert peak_flops("NVIDIA H100 80GB HBM3", "bf16") == 989e12
+    assert peak_flops("NVIDIA H100 80GB HBM3", "f32") == 67e12
+    assert peak_flops("NVIDIA H100 PCIe", "bf16") == 756e12
+    assert peak_flops("cpu", "f32") is None
+
+
+def test_programs_for_gpus_are_asked_for_a_fixed_order_of_summation():
+    def options_on(platform):
+        devices = np.asarray([types.SimpleNamespace(platform=platform)])
+        return _compiler_options(types.SimpleNamespace(devices=devices))
+
+    assert options_on("cpu") is None
+    options = options_on("gpu")
+    assert options == {"xla_gpu_exclude_nondeterministic_ops": True}
+    double = jax.jit(lambda x: 2 * x, compiler_options=options)
+    assert int(double(jnp.int32(3))) == 6, "XLA knows the option"
