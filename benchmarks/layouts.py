@@ -21,9 +21,7 @@ from configs import quickstart  # noqa: E402
 from train.config import TrainConfig  # noqa: E402
 from train.data import build_tokenizer, load_corpus, training_batches  # noqa: E402
 from train.evaluate import device_batch  # noqa: E402
-from train.model import ModelSpec  # noqa: E402
-from train.optimizer import make_optimizer, make_schedule  # noqa: E402
-from train.step import make_init, make_train_step, state_shardings  # noqa: E402
+from train.program import make_program  # noqa: E402
 
 STEPS = 50
 LAYOUTS = [(1, 1), (1, 2), (2, 1), (1, 4), (2, 2), (4, 1), (1, 8), (2, 4), (4, 2), (8, 1)]
@@ -48,21 +46,13 @@ def losses(run: TrainConfig, data: int, expert: int) -> np.ndarray:
         sequence_length=run.data.sequence_length,
         seed=run.seed,
     )
-    spec = ModelSpec.from_config(run, tokenizer.vocab_size)
-    optimizer = make_optimizer(run.optimizer, run.steps, spec)
     mesh = moejax.make_mesh(data=data, expert=expert, devices=jax.devices()[: data * expert])
+    program = make_program(run, tokenizer.vocab_size, mesh)
     with jax.set_mesh(mesh):
-        init = make_init(spec, optimizer, run.seed)
-        shardings = state_shardings(spec, jax.eval_shape(init), mesh)
-        state = jax.jit(init, out_shardings=shardings)()
-        step = jax.jit(
-            make_train_step(spec, optimizer, make_schedule(run.optimizer, run.steps), mesh),
-            donate_argnums=0,
-            out_shardings=(shardings, None),
-        )
+        state = program.init()
         reports = []
         for _ in range(STEPS):
-            state, metrics = step(state, device_batch(next(batches), mesh))
+            state, metrics = program.train_step(state, device_batch(next(batches), mesh))
             reports.append([metrics[name] for name in ("loss", "aux_loss", "grad_norm")])
         batches.close()
         return np.asarray(jax.device_get(reports), np.float64)

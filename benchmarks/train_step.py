@@ -30,8 +30,8 @@ from benchmarks.moe_vs_dense import VOCAB, active_parameters, dense_twin
 from configs import quickstart
 from train.config import TrainConfig
 from train.model import ModelSpec
-from train.optimizer import make_optimizer, make_schedule
-from train.step import make_init, make_loss, make_train_step
+from train.program import make_program
+from train.step import make_loss
 
 ROUNDS = 12
 
@@ -41,23 +41,24 @@ class Compiled:
 
     def __init__(self, config: TrainConfig):
         self.config = config
-        spec = ModelSpec.from_config(config, VOCAB)
-        optimizer = make_optimizer(config.optimizer, config.steps, spec)
         B, S = config.data.batch_size, config.data.sequence_length
         tokens = np.random.default_rng(0).integers(0, 256, (B, S), dtype=np.int32)
         positions = np.broadcast_to(np.arange(S, dtype=np.int32), (B, S))
         batch = dict(tokens=tokens, targets=tokens, segments=np.ones_like(tokens), positions=positions)
         self.batch = jax.tree.map(jnp.asarray, batch)
-        self.mesh = moejax.make_mesh(devices=jax.devices()[:1])
-        with jax.set_mesh(self.mesh):
-            self.state = jax.jit(make_init(spec, optimizer, 0))()
-            step = make_train_step(spec, optimizer, make_schedule(config.optimizer, config.steps), self.mesh)
-            self.program = jax.jit(step).lower(self.state, self.batch).compile()
-            count = jnp.float32(B * S)
-            loss = jax.value_and_grad(make_loss(spec), has_aux=True)
-            gradients = jax.jit(loss).lower(self.state.params, self.batch, count).compile()
-        self.step = lambda: self.program(self.state, self.batch)
-        self.gradients = lambda: gradients(self.state.params, self.batch, count)
+        program = make_program(config, VOCAB, moejax.make_mesh(devices=jax.devices()[:1]))
+        with jax.set_mesh(program.mesh):
+            self.state = program.init()
+            self.program = program.train_step.lower(self.state, self.batch).compile()
+            loss = jax.jit(jax.value_and_grad(make_loss(program.spec), has_aux=True))
+            arguments = self.batch, jnp.float32(B * S), jax.random.key(0)
+            gradients = loss.lower(self.state.params, *arguments).compile()
+        self.gradients = lambda: gradients(self.state.params, *arguments)
+
+    def step(self) -> Any:
+        """One step; its state goes into the next, as in training."""
+        self.state, metrics = self.program(self.state, self.batch)
+        return metrics
 
 
 def milliseconds(calls: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, float]:

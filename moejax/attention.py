@@ -5,8 +5,9 @@ Shapes: B sequences, S positions, D model width, H query heads, G key/value head
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -78,12 +79,17 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(self.d_head, axis="hidden")
 
     def __call__(
-        self, x_BSD: jax.Array, segments_BS: jax.Array, positions_BS: jax.Array, cache: KVCache | None = None
+        self,
+        x_BSD: jax.Array,
+        segments_BS: jax.Array | None,
+        positions_BS: jax.Array,
+        cache: KVCache | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Attend within each document, to the past and oneself only.
 
         Args:
-          segments_BS: document of each position; positions of different documents do not see each other.
+          segments_BS: document of each position; positions of different documents do not see each other. None where
+            each sequence is one document: then no [B, 1, S, S] mask is made.
           positions_BS: position within the document. With a cache: the same in every sequence.
           cache: earlier keys and values; then the new ones are stored, and attention goes to the last W.
         """
@@ -94,9 +100,10 @@ class Attention(nnx.Module):
         q = _norm_and_rotate(q, self.q_norm.scale[...], positions_BS, self.rope_theta)
         k = _norm_and_rotate(k, self.k_norm.scale[...], positions_BS, self.rope_theta)
         if cache is None:
-            y = _attend(
-                q, k, v, segments_BS[:, None, :, None] == segments_BS[:, None, None, :], is_causal=True
-            )
+            mask = None
+            if segments_BS is not None:
+                mask = segments_BS[:, None, :, None] == segments_BS[:, None, None, :]
+            y = _attend(q, k, v, mask, is_causal=True)
         else:
             position_S = positions_BS[0]
             cache = cache.append(k, v, position_S)
@@ -114,10 +121,16 @@ def _norm_and_rotate(
     return rotary(rms_norm(x_BSHh, scale_h), positions_BS, theta)
 
 
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, is_causal: bool) -> jax.Array:
-    # cuDNN's flash attention takes 16-bit types and never holds the S x S scores.
-    if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=is_causal, implementation="cudnn")
+def _attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, *, is_causal: bool
+) -> jax.Array:
+    if (capability := _compute_capability()) is not None:
+        obstacle = flash_obstacle(q, k, has_mask=mask is not None, capability=capability)
+        if obstacle is None:
+            return jax.nn.dot_product_attention(
+                q, k, v, mask=mask, is_causal=is_causal, implementation="cudnn"
+            )
+        _warn_once(obstacle)
 
     # Elsewhere the scores are at least not kept for backward, but computed again.
     @jax.checkpoint
@@ -125,3 +138,37 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, is_cau
         return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=is_causal, implementation="xla")
 
     return attend(q, k, v, mask)
+
+
+def flash_obstacle(q, k, *, has_mask: bool, capability: float) -> str | None:
+    """Why cuDNN's flash attention, which never holds the S x S scores, cannot take these arrays; None if it can.
+
+    Args:
+      q, k: arrays or shapes, [B, S, heads, h].
+      capability: the GPU's compute capability. The limits are those that jax and cuDNN 9 check.
+    """
+    widest = 256 if capability >= 9.0 else 128
+    if capability < 8.0:
+        return f"compute capability {capability} is below 8.0"
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it takes bf16 and f16, not {q.dtype}"
+    if q.shape[-1] % 8 or q.shape[-1] > widest:
+        return f"the width of a head must be a multiple of 8 and at most {widest}, it is {q.shape[-1]}"
+    if has_mask and (q.shape[1] % 2 or k.shape[1] % 2):
+        return f"with packed documents sequences must have an even length, not {q.shape[1]} and {k.shape[1]}"
+    return None
+
+
+def _compute_capability() -> float | None:
+    """Of the default device, such as 9.0; None where it is no NVIDIA GPU."""
+    if jax.default_backend() != "gpu":
+        return None
+    try:
+        return float(jax.devices()[0].compute_capability)
+    except (AttributeError, ValueError):  # AMD's are names
+        return None
+
+
+@cache
+def _warn_once(obstacle: str) -> None:
+    logging.getLogger("moejax").warning("attention runs without cuDNN's flash kernel: %s", obstacle)

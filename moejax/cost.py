@@ -5,21 +5,26 @@ Shapes: D model width, F hidden width, L layers, S positions, H heads, h width o
 
 from __future__ import annotations
 
-import jax
-
-# Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets, without sparsity.
-PEAK_FLOPS = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
+# Dense peak of one device in FLOP/s by type of product, from the vendors' data sheets, without sparsity. f32 is true
+# f32, as `precision = f32` computes: not TF32, which has a mantissa of 10 bits.
+PEAK_FLOPS: dict[str, dict[str, float]] = {
+    "NVIDIA A100": {"bf16": 312e12, "f32": 19.5e12},
+    "NVIDIA H100 PCIe": {"bf16": 756e12, "f32": 51e12},
+    "NVIDIA H100": {"bf16": 989e12, "f32": 67e12},
+    "NVIDIA H200": {"bf16": 989e12, "f32": 67e12},
+    "NVIDIA B200": {"bf16": 2250e12, "f32": 75e12},
 }
 
 
-def peak_flops(device: jax.Device) -> float | None:
-    """Dense bf16 peak of this device in FLOP/s; None where it is not known."""
-    matches = (peak for name, peak in PEAK_FLOPS.items() if device.device_kind.startswith(name))
-    return next(matches, None)
+def peak_flops(device_kind: str, precision: str) -> float | None:
+    """Dense peak of a device in FLOP/s; None where it is not known.
+
+    Args:
+      device_kind: as jax names it, such as `NVIDIA H100 80GB HBM3`.
+      precision: `bf16` or `f32`, of the products.
+    """
+    matches = (peaks for name, peaks in PEAK_FLOPS.items() if device_kind.startswith(name))
+    return next(matches, {}).get(precision)
 
 
 def train_flops_per_token(

@@ -6,6 +6,7 @@ Shapes: B sequences, S positions, D model width, V vocabulary, L layers, M of th
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -33,6 +34,21 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
 }
 
 
+@dataclass(frozen=True)
+class Context:
+    """What every layer is told of the tokens.
+
+    Fields:
+      tokens_BS: their ids, for routers that look at the token itself.
+      segments_BS: document of each position, 0 for padding; None for one document per sequence.
+      positions_BS: position within the document.
+    """
+
+    tokens_BS: jax.Array
+    segments_BS: jax.Array | None
+    positions_BS: jax.Array
+
+
 class Block(nnx.Module):
     """x + attention(norm(x)), then + ffn(norm(x)); the FFN is dense or MoE."""
 
@@ -43,13 +59,21 @@ class Block(nnx.Module):
         self.ffn = ffn
 
     def __call__(
-        self, x_BSD: jax.Array, segments_BS: jax.Array, positions_BS: jax.Array, cache: KVCache | None
+        self, x_BSD: jax.Array, context: Context, cache: KVCache | None, key: jax.Array | None
     ) -> tuple[jax.Array, MoEStats | None, KVCache | None]:
-        """Also returns the MoE layer's statistics (None if dense) and the extended cache."""
-        attended, cache = self.attention(self.attention_norm(x_BSD), segments_BS, positions_BS, cache)
+        """Also returns the MoE layer's statistics (None if dense) and the extended cache.
+
+        Args:
+          key: this layer's random key, for routers that draw.
+        """
+        normed_BSD, segments_BS = self.attention_norm(x_BSD), context.segments_BS
+        attended, cache = self.attention(normed_BSD, segments_BS, context.positions_BS, cache)
         x_BSD = x_BSD + attended
         if isinstance(self.ffn, MoE):
-            y_BSD, stats = self.ffn(self.ffn_norm(x_BSD), token_mask=segments_BS > 0)
+            token_mask = None if segments_BS is None else segments_BS > 0
+            y_BSD, stats = self.ffn(
+                self.ffn_norm(x_BSD), token_mask=token_mask, token_ids=context.tokens_BS, key=key
+            )
         else:
             y_BSD, stats = self.ffn(self.ffn_norm(x_BSD)), None
         return x_BSD + y_BSD, stats, cache
@@ -139,32 +163,35 @@ class Transformer(nnx.Module):
         segments_BS: jax.Array | None = None,
         positions_BS: jax.Array | None = None,
         cache: KVCache | None = None,
+        key: jax.Array | None = None,
     ) -> tuple[jax.Array, MoEStats | None, jax.Array, KVCache | None]:
         """Run all layers.
 
         Args:
           tokens_BS: i32 token ids.
-          segments_BS: document of each position, 0 for padding (goes to no expert); default: one document.
+          segments_BS: document of each position, 0 for padding (goes to no expert); default: one document, for
+            which attention needs no mask.
           positions_BS: position within the document; default: 0, 1, 2, ...
           cache: from `init_cache`; filled with the keys and values of `tokens_BS`.
+          key: random key of this call, for routers that draw; every layer draws from one of its own.
 
         Returns:
           hidden_BSD after the last norm; the statistics of the M MoE layers, each field with a leading M (None if
           M = 0); finite_L, whether each layer's output was finite; the filled cache.
         """
-        if segments_BS is None:
-            segments_BS = jnp.ones(tokens_BS.shape, jnp.int32)
         if positions_BS is None:
             positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape)
+        context = Context(tokens_BS, segments_BS, positions_BS)
         graphdef, stacked = nnx.split(self.blocks)
+        keys_L = None if key is None else jax.random.split(key, self.num_layers)
 
         def run_period(x_BSD, layer):
-            state, cache = layer
+            state, cache, keys = layer
             blocks = nnx.merge(graphdef, state)
             stats, finite, caches = [], [], []
             for index, block in enumerate(blocks):
-                part = jax.tree.map(lambda leaf, index=index: leaf[index], cache)
-                x_BSD, block_stats, part = block(x_BSD, segments_BS, positions_BS, part)
+                part, block_key = jax.tree.map(lambda leaf, index=index: leaf[index], (cache, keys))
+                x_BSD, block_stats, part = block(x_BSD, context, part, block_key)
                 stats += [] if block_stats is None else [block_stats]
                 finite.append(jnp.all(jnp.isfinite(x_BSD)))
                 caches.append(part)
@@ -182,7 +209,7 @@ class Transformer(nnx.Module):
         x_BSD, (stats, finite, cache) = jax.lax.scan(
             run_period,
             x_BSD,
-            (stacked, jax.tree.map(by_period, cache)),
+            (stacked, *jax.tree.map(by_period, (cache, keys_L))),
             # Remat relies on the loop: without one, XLA would merge what is computed again with what was.
             unroll=policy is None and repetitions <= _MAX_UNROLLED,
         )

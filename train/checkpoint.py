@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import shutil
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ from train.integrity import find_fault, sync_directory, write_durably, write_man
 
 log = logging.getLogger("moejax")
 
-BEST = "eval/loss"
-"""The entry of `extra` by which the best checkpoint is chosen: lowest is best."""
+BEST, EXTENT = "eval/loss", "eval/tokens"
+"""The entries of `extra` by which the best checkpoint is chosen: the lowest loss among those over as many tokens."""
 
 _RECORD = "record.json"
 
@@ -86,7 +87,8 @@ class Checkpoints:
           step: finished optimizer steps.
           state: tree of `jax.Array`, sharded in any way; every dtype, also typed random keys.
           data_state: JSON; the same on all processes.
-          extra: small JSON; the same on all processes. `keep_best` goes by `extra["eval/loss"]`, if there.
+          extra: small JSON; the same on all processes. `keep_best` goes by `extra["eval/loss"]`, if there,
+            among those of the same `extra["eval/tokens"]`.
 
         Raises:
           TrainingFailed: this or the previous save could not be written.
@@ -125,8 +127,8 @@ class Checkpoints:
     def _prune(self, newest: int) -> None:
         """Keep the newest and the best of the sound ones up to `newest`."""
         sound = [step for step in self.steps() if step <= newest and step not in self._damaged]
-        by_loss = sorted((loss, -step) for step in sound if (loss := self._loss(step)) is not None)
-        best = {-step for _, step in by_loss[: self._config.keep_best]}
+        losses = self._comparable_losses(sound)
+        best = set(sorted(losses, key=lambda step: (losses[step], -step))[: self._config.keep_best])
         keep = best.union(sound[-max(1, self._config.keep_last) :])
         for step in self.steps():
             if step not in keep:
@@ -197,18 +199,40 @@ class Checkpoints:
     def _record(self, step: int) -> dict[str, Any]:
         return json.loads((self.directory / str(step) / _RECORD).read_text(encoding="utf-8"))
 
-    def _loss(self, step: int) -> float | None:
-        """Evaluation loss of a checkpoint; None when it has none that can be compared."""
+    def would_be_best(self, loss: float, tokens: int) -> bool:
+        """Whether a checkpoint with this evaluation loss over so many tokens would be kept as the best.
+
+        A save in progress is finished first; raises like `wait`.
+        """
+        self.wait()
+        evaluated = [self._evaluation(step) for step in self.steps() if step not in self._damaged]
+        others = [other for other, extent in filter(None, evaluated) if extent == tokens]
+        return self._config.keep_best > 0 and math.isfinite(loss) and loss < min(others, default=math.inf)
+
+    def _comparable_losses(self, steps: list[int]) -> dict[int, float]:
+        """Evaluation loss of each checkpoint evaluated over as many tokens as the last of them that was at all."""
+        evaluations = {step: found for step in steps if (found := self._evaluation(step)) is not None}
+        if not evaluations:
+            return {}
+        _, extent = evaluations[max(evaluations)]
+        return {step: loss for step, (loss, tokens) in evaluations.items() if tokens == extent}
+
+    def _evaluation(self, step: int) -> tuple[float, int | None] | None:
+        """Evaluation loss of a checkpoint and its number of tokens; None when it has no finite one."""
         try:
-            loss = self._record(step)["extra"].get(BEST)
+            extra = self._record(step)["extra"]
         except (OSError, ValueError):
             return None
-        return loss if isinstance(loss, int | float) and math.isfinite(loss) else None
+        loss = extra.get(BEST)
+        return (loss, extra.get(EXTENT)) if isinstance(loss, int | float) and math.isfinite(loss) else None
 
     # ---- restoring ----
 
     def restore(
-        self, abstract_state: Any, step: int | None = None
+        self,
+        abstract_state: Any,
+        step: int | None = None,
+        accept: Callable[[dict[str, Any]], None] = lambda data_state: None,
     ) -> tuple[int, Any, dict[str, Any], dict[str, Any]] | None:
         """Read the newest sound checkpoint, bit by bit as it was saved.
 
@@ -219,6 +243,7 @@ class Checkpoints:
           abstract_state: tree of `jax.ShapeDtypeStruct` with shardings, which may be of another mesh than at
             saving.
           step: only this checkpoint.
+          accept: is given the data state before the state is read, and may refuse it by raising.
 
         Returns:
           (step, state, data_state, extra), or None when there is no checkpoint at all.
@@ -231,6 +256,7 @@ class Checkpoints:
         if found is None:
             return None
         record = self._record(found)
+        accept(record["data_state"])
         state = self._read(found, record["leaves"], abstract_state, prefix="")
         return found, state, record["data_state"], record["extra"]
 

@@ -155,22 +155,20 @@ def _run(words: Words) -> int:
 
 def _train(argument: str, options: Mapping[str, str]) -> int:
     from train.config_io import find_config
+    from train.memory import keep_freed_memory
 
     config, name = find_config(argument)
     config = override(config, options)
+    keep_freed_memory()
 
     import jax
-
-    from train.validation import validate
-
-    validate(config, len(jax.devices()))
 
     from train.loop import train
 
     try:
         train(config, name)
     except (OSError, jax.errors.JaxRuntimeError) as error:
-        raise TrainingFailed(str(error).splitlines()[0]) from error
+        raise TrainingFailed(str(error).partition("\n")[0] or type(error).__name__) from error
     return 0
 
 
@@ -178,7 +176,9 @@ def _eval(argument: str, options: Mapping[str, str]) -> int:
     _check_run_directory(argument)
 
     from train.evaluate import evaluate_run
+    from train.memory import keep_freed_memory
 
+    keep_freed_memory()
     loss, tokens = evaluate_run(argument)
     print(f"eval/loss {loss:.4f} nats per token over {tokens:,} tokens")
     return 0

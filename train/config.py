@@ -141,7 +141,8 @@ class CheckpointConfig:
     keep_last: int = 2
     """Newest checkpoints kept."""
     keep_best: int = 1
-    """Checkpoints kept for their evaluation loss."""
+    """Checkpoints kept for their evaluation loss. Above 0, an evaluation better than all before it makes a checkpoint,
+    unless `every` is 0. What is compared is the loss over the same `eval.max_batches`."""
 
 
 @dataclass(frozen=True)

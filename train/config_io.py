@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import importlib.util
 import os
 import pathlib
@@ -14,11 +15,14 @@ import yaml
 import train
 from train.config import TrainConfig
 from train.errors import ConfigError
-from train.fields import build, flatten, nearest, shown
+from train.fields import build, flatten, get, nearest, override, shown
 
 # `configs` lies beside `train`, in a checkout as in an installed wheel. Asking the import system for the name
 # would find a user's own `configs` folder first.
 SHIPPED = pathlib.Path(train.__file__).resolve().parent.parent / "configs"
+
+# Fields that may hold a path; `data.tokenizer` may also hold a name.
+PATHS = ("data.path", "data.validation_path", "data.tokenizer")
 
 # What may differ when a run is resumed; an entry that ends in a dot is a whole group.
 MAY_CHANGE = ("steps", "workdir", "log.", "eval.", "checkpoint.", "mesh.", "model.moe.exchange")
@@ -108,6 +112,31 @@ def load_config(path: str | os.PathLike[str]) -> TrainConfig:
     if not isinstance(values, dict):
         raise ConfigError("CONFIG", path, "must be a YAML mapping of config fields")
     return build(TrainConfig, values)
+
+
+def with_absolute_paths(config: TrainConfig, earlier: TrainConfig | None = None) -> TrainConfig:
+    """The config with its data found from any folder; a path where nothing is stays as it was typed.
+
+    Args:
+      earlier: the config of the run that is resumed. A relative path that is the end of its path means that one: the
+        same command goes on with the same run from whatever folder it is given.
+    """
+    absolute: dict[str, str] = {}
+    for name in PATHS:
+        typed, before = get(config, name), get(earlier or config, name)
+        if typed is None:
+            continue
+        path = os.path.abspath(os.path.expanduser(typed))
+        if earlier is not None and before is not None and _is_end_of(typed, before):
+            absolute[name] = before
+        elif os.path.exists(path) or glob.glob(path, recursive=True):
+            absolute[name] = path
+    return override(config, absolute)
+
+
+def _is_end_of(typed: str, path: str) -> bool:
+    end, whole = pathlib.Path(os.path.normpath(typed)).parts, pathlib.Path(path).parts
+    return not os.path.isabs(typed) and whole[-len(end) :] == end
 
 
 def differing_fields(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[object, object]]:

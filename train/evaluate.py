@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,48 @@ from train.step import BATCH_FIELDS, Batch, make_eval_step
 
 log = logging.getLogger("moejax")
 
+# Enough to keep a device busy, few enough that their arrays take no memory worth the name.
+IN_FLIGHT = 16
+
 
 def device_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
     """What the model sees of a host batch, split over all devices."""
     return jax.device_put({name: batch[name] for name in BATCH_FIELDS}, token_sharding(mesh))
 
 
-def mean_loss(
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found on the validation split, batch by batch.
+
+    Fields:
+      totals: summed cross-entropy of each batch, in nats.
+      counts: counted tokens of each batch.
+    """
+
+    totals: np.ndarray
+    counts: np.ndarray
+
+    def loss(self, batches: int | None = None) -> float:
+        """Mean cross-entropy in nats per token, of all batches or of the first so many."""
+        return float(np.sum(self.totals[:batches], dtype=np.float64) / self.tokens(batches))
+
+    def tokens(self, batches: int | None = None) -> int:
+        """Counted tokens of all batches or of the first so many."""
+        return int(np.sum(self.counts[:batches], dtype=np.int64))
+
+
+def evaluate(
     eval_step: Callable[..., Any], params: Any, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh
-) -> float:
-    """Mean cross-entropy in nats over all counted tokens of the batches."""
-    sums = [eval_step(params, device_batch(batch, mesh)) for batch in batches]
-    totals, counts = zip(*jax.device_get(sums), strict=True)
-    return float(np.sum(totals, dtype=np.float64) / np.sum(counts))
+) -> Evaluation:
+    """Evaluate batch after batch; at most `IN_FLIGHT` of them are on their way at once."""
+    fetched, pending = [], []
+    for batch in batches:
+        pending.append(eval_step(params, device_batch(batch, mesh)))
+        if len(pending) == IN_FLIGHT:
+            fetched += jax.device_get(pending)
+            pending.clear()
+    totals, counts = zip(*fetched, *jax.device_get(pending), strict=True)
+    return Evaluation(np.asarray(totals), np.asarray(counts))
 
 
 def fitting_mesh(config: TrainConfig) -> Mesh:
@@ -84,9 +114,9 @@ def evaluate_run(run_dir: str) -> tuple[float, int]:
             rule = "its content has changed since the run; on another split the loss would say nothing"
             raise ConfigError("data.path", config.data.path, rule)
         batch_size = math.ceil(config.data.batch_size / mesh.size) * mesh.size
-        batches = list(validation_batches(corpus, batch_size, config.data.sequence_length))
-        loss = mean_loss(jax.jit(make_eval_step(spec)), params, batches, mesh)
-    tokens = sum(int(np.sum(batch["targets"] >= 0)) for batch in batches)
+        batches = validation_batches(corpus, batch_size, config.data.sequence_length)
+        evaluation = evaluate(jax.jit(make_eval_step(spec)), params, batches, mesh)
+    loss, tokens = evaluation.loss(), evaluation.tokens()
     line = f"eval/loss {loss:.6f} at step {step} over {tokens:,} tokens"
     try:
         with (directory / "log.txt").open("a", encoding="utf-8") as file:

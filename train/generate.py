@@ -16,6 +16,8 @@ from train.errors import ConfigError
 from train.evaluate import restore_params
 from train.model import ModelSpec, product_precision
 
+_SHORTEST = 16  # tokens for which the first program is compiled
+
 
 def sample(
     logits_V: jax.Array, key: jax.Array, *, temperature: float, top_k: int | None, top_p: float | None
@@ -66,13 +68,21 @@ def generate_run(
     draw = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p)
 
     @partial(jax.jit, donate_argnums=1)
-    def advance(params, cache, tokens_S, start, key):
-        positions = start + jnp.arange(tokens_S.shape[0], dtype=jnp.int32)
+    def advance(params, cache, tokens_S, start, count, key):
+        """Take in the first `count` tokens and draw the next; the others are padding.
+
+        What padding leaves in the cache stands at positions yet to come: not seen before it is overwritten.
+        """
+        place = jnp.arange(tokens_S.shape[0], dtype=jnp.int32)
+        segments = (place < count).astype(jnp.int32)
         with product_precision(config):
             model = spec.merge(params)
-            hidden, _, _, cache = model(tokens_S[None], positions_BS=positions[None], cache=cache)
+            hidden, _, _, cache = model(
+                tokens_S[None], segments_BS=segments[None], positions_BS=(start + place)[None], cache=cache
+            )
+            last = jax.lax.dynamic_slice_in_dim(hidden, count - 1, 1, axis=1)
             # Rows of the embedding beyond the tokenizer's vocabulary stand for nothing.
-            logits_V = model.logits(hidden[:, -1:])[0, 0, : tokenizer.vocab_size]
+            logits_V = model.logits(last)[0, 0, : tokenizer.vocab_size]
         return draw(logits_V, key), cache
 
     window = config.data.sequence_length
@@ -82,11 +92,16 @@ def generate_run(
     decoder = tokenizer.decoder()
     yield prompt
     key = jax.random.key(seed)
-    token, cache = advance(params, cache, jnp.asarray(context), 0, key)
-    for position in range(len(context), len(context) + max_tokens):
+    # Few different lengths, so that the program of an earlier prompt can be used again.
+    padded = np.zeros(min(max(_SHORTEST, 1 << (len(context) - 1).bit_length()), window), np.int32)
+    padded[: len(context)] = context
+    token, cache = advance(params, cache, jnp.asarray(padded), 0, len(context), key)
+    end = len(context) + max_tokens - 1
+    for position in range(len(context), end + 1):
         if int(token) == tokenizer.separator:
             break
         yield decoder.push(int(token))
-        key = jax.random.fold_in(key, position)
-        token, cache = advance(params, cache, token[None].astype(jnp.int32), position, key)
+        if position < end:
+            key = jax.random.fold_in(key, position)
+            token, cache = advance(params, cache, token[None].astype(jnp.int32), position, 1, key)
     yield decoder.finish()

@@ -9,24 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 import moejax
 from moejax.cost import peak_flops, train_flops_per_token
-from train.checkpoint import Checkpoints
+from train.checkpoint import BEST, EXTENT, Checkpoints
 from train.config import TrainConfig
-from train.config_io import load_config, refuse_other_run, save_config
+from train.config_io import load_config, refuse_other_run, save_config, with_absolute_paths
 from train.data import Corpus, build_tokenizer, load_corpus, training_batches, validation_batches
-from train.errors import ConfigError, Interrupted, TrainingFailed
-from train.evaluate import device_batch, mean_loss
+from train.errors import ConfigError, Interrupted
+from train.evaluate import device_batch, evaluate
 from train.lock import lock_run
 from train.model import ModelSpec, product_precision
 from train.monitor import Monitor, held_back
-from train.optimizer import make_optimizer, make_schedule
+from train.program import make_program
 from train.reporter import Reporter
 from train.signals import stop_signals
-from train.step import TrainState, make_eval_step, make_init, make_train_step, state_shardings
 from train.validation import validate
 
 log = logging.getLogger("moejax")
@@ -46,8 +44,10 @@ def train(config: TrainConfig, name: str) -> None:
     # ---- input: everything that can be refused is refused before the workdir exists ----
     validate(config, jax.device_count())
     workdir = Path(config.workdir or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}")
-    if (workdir / "config.yaml").exists():
-        refuse_other_run(workdir, load_config(workdir / "config.yaml"), config)
+    earlier = load_config(workdir / "config.yaml") if (workdir / "config.yaml").exists() else None
+    config = with_absolute_paths(config, earlier)
+    if earlier is not None:
+        refuse_other_run(workdir, earlier, config)
     tokenizer = build_tokenizer(config.data)
     if config.model.vocab_size is not None and config.model.vocab_size < tokenizer.vocab_size:
         rule = f"must be at least the tokenizer's vocabulary ({tokenizer.vocab_size})"
@@ -57,8 +57,8 @@ def train(config: TrainConfig, name: str) -> None:
     batches = training_batches(
         corpus, batch_size=batch_size, sequence_length=sequence_length, seed=config.seed
     )
-    spec = ModelSpec.from_config(config, tokenizer.vocab_size)
     mesh = moejax.make_mesh(data=config.mesh.data, expert=config.mesh.expert)
+    program = make_program(config, tokenizer.vocab_size, mesh)
 
     with ExitStack() as stack:
         stack.enter_context(closing(batches))
@@ -71,29 +71,14 @@ def train(config: TrainConfig, name: str) -> None:
         stack.enter_context(lock_run(workdir))
         stop = stack.enter_context(stop_signals())
 
-        # ---- model, optimizer, compiled steps ----
-        schedule = make_schedule(config.optimizer, config.steps)
-        optimizer = make_optimizer(config.optimizer, config.steps, spec)
-        init = make_init(spec, optimizer, config.seed)
-        shapes = jax.eval_shape(init)
-        shardings = state_shardings(spec, shapes, mesh)
-        train_step = jax.jit(
-            make_train_step(spec, optimizer, schedule, mesh),
-            donate_argnums=0,
-            out_shardings=(shardings, None),
-        )
-        eval_step = jax.jit(make_eval_step(spec))
-
         # ---- restore, or begin ----
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config.checkpoint))
-        place = lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)  # noqa: E731
         with held_back() as warnings:
-            restored = checkpoints.restore(jax.tree.map(place, shapes, shardings))
+            restored = checkpoints.restore(program.abstract_state, accept=batches.set_state)
         if restored is None:
-            first, state = 0, jax.jit(init, out_shardings=shardings)()
+            first, state = 0, program.init()
         else:
-            first, state, data_state, _ = restored
-            batches.set_state(data_state)
+            first, state, *_ = restored
             if config.steps < first:
                 raise ConfigError(
                     "steps", config.steps, f"must be at least {first}, which this run has already done"
@@ -110,35 +95,39 @@ def train(config: TrainConfig, name: str) -> None:
                 total_steps=config.steps,
                 start_step=first,
                 tokens_per_step=batch_size * sequence_length,
-                mfu_per_token=_mfu_per_token(spec, mesh),
+                mfu_per_token=_mfu_per_token(program.spec, mesh),
             )
         )
         for record in warnings:
             log.handle(record)
-        reporter = Reporter(monitor, spec, mesh)
+        reporter = Reporter(monitor, program.spec, mesh)
         log.info("run directory: %s", workdir)
-        _introduce(spec, corpus, mesh, first)
+        _introduce(program.spec, corpus, mesh, first)
 
         # ---- the loop ----
         for step in range(first + 1, config.steps + 1):
-            state, metrics = train_step(state, device_batch(next(batches), mesh))
+            state, metrics = program.train_step(state, device_batch(next(batches), mesh))
             last = step == config.steps
             reporter.add(step, metrics, logged=last or step == 1 or step % config.log.every == 0)
 
-            evaluation: dict[str, float] = {}
+            extra: dict[str, Any] = {"content_hash": corpus.content_hash}
+            is_best = False
             if last or _due(step, config.eval.every):
                 reporter.flush()
                 with monitor.paused():
-                    max_batches = None if last else config.eval.max_batches
-                    split = validation_batches(corpus, batch_size, sequence_length, max_batches)
-                    evaluation["eval/loss"] = mean_loss(eval_step, state.params, split, mesh)
-                monitor.evaluation(step, evaluation["eval/loss"])
+                    part = config.eval.max_batches
+                    split = validation_batches(corpus, batch_size, sequence_length, None if last else part)
+                    evaluation = evaluate(program.eval_step, state.params, split, mesh)
+                    # The last one is over the whole split, but compared by the part that the others are over.
+                    best_by = evaluation.loss(part), evaluation.tokens(part)
+                    extra |= dict(zip((BEST, EXTENT), best_by, strict=True))
+                    is_best = config.checkpoint.every > 0 and checkpoints.would_be_best(*best_by)
+                monitor.evaluation(step, evaluation.loss())
 
-            if last or _due(step, config.checkpoint.every) or stop.number:
+            if last or _due(step, config.checkpoint.every) or is_best or stop.number:
                 reporter.flush()
                 with monitor.paused():
-                    _refuse_broken(step, state)
-                    extra = {"content_hash": corpus.content_hash, **evaluation}
+                    reporter.refuse_broken(step, state.params)
                     checkpoints.save(step, state, batches.get_state(), extra)
 
             if stop.number and not last:
@@ -149,19 +138,6 @@ def train(config: TrainConfig, name: str) -> None:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-@jax.jit
-def _all_finite(tree: Any) -> jax.Array:
-    return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]).all()
-
-
-def _refuse_broken(step: int, state: TrainState) -> None:
-    """Never let a checkpoint with NaN or Inf take the place of a good one."""
-    if not _all_finite(state.params):
-        raise TrainingFailed(
-            f"step {step}: the update made parameters NaN or Inf; lower optimizer.learning_rate"
-        )
 
 
 def _introduce(spec: ModelSpec, corpus: Corpus, mesh: Mesh, first: int) -> None:
@@ -183,11 +159,11 @@ def _introduce(spec: ModelSpec, corpus: Corpus, mesh: Mesh, first: int) -> None:
 
 
 def _mfu_per_token(spec: ModelSpec, mesh: Mesh) -> float | None:
-    """Model FLOPs utilisation per token/s, against the devices' bf16 peak; None where that is not known."""
-    peak = peak_flops(mesh.devices.flat[0])
+    """Model FLOPs utilisation per token/s, against the devices' peak in the run's precision; None if not known."""
+    peak = peak_flops(mesh.devices.flat[0].device_kind, spec.config.precision)
     if peak is None:
         return None
     model, sequence_length = spec.config.model, spec.config.data.sequence_length
-    _, active = spec.count_parameters()
+    active = spec.active_matrix_parameters()
     flops = train_flops_per_token(active, model.num_layers, model.d_model, sequence_length)
     return flops / (peak * mesh.size)

@@ -129,6 +129,19 @@ class ModelSpec:
             )
         return total, active
 
+    def active_matrix_parameters(self) -> int:
+        """Parameters that one token is multiplied with: no norms, and no embedding that is only looked up."""
+        count = 0
+        moe = self.config.model.moe
+        paths = jax.tree_util.tree_leaves_with_path(self.logical_axes())
+        for (path, axes), leaf in zip(paths, jax.tree.leaves(self.abstract), strict=True):
+            is_matrix = len(set(axes.names) - {"layers", "experts"}) > 1
+            is_looked_up = jax.tree_util.keystr(path, simple=True) == "embedding"
+            if is_matrix and not (is_looked_up and not self.config.model.tie_embeddings):
+                share = experts_per_token(moe) / moe.num_experts if "experts" in axes.names else 1
+                count += round(leaf.size * share)
+        return count
+
 
 @dataclass(frozen=True)
 class Axes:

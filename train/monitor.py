@@ -71,8 +71,12 @@ class Monitor:
         """Close at the end of the block."""
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Close every file and leave the terminal in order."""
+    def __exit__(self, kind: object, error: BaseException | None, where: object) -> None:
+        """Close every file and leave the terminal in order; what ended the run stands last in `log.txt`."""
+        if error is not None:
+            # Only there: the terminal gets its line from whoever handles the error.
+            text = f"ended by {type(error).__name__}: {' '.join(str(error).split())}"
+            self._file_handler.handle(self._logger.makeRecord("moejax", logging.ERROR, "", 0, text, (), None))
         self.close()
 
     def train(self, step: int, metrics: Mapping[str, float]) -> None:

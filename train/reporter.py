@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from train.errors import TrainingFailed
+from train.finite import FiniteCheck
 from train.model import ModelSpec
 from train.monitor import Monitor
 from train.step import Metrics
@@ -20,10 +23,8 @@ class Reporter:
 
     def __init__(self, monitor: Monitor, spec: ModelSpec, mesh: Mesh):
         self._monitor = monitor
-        self._parameter_names = [
-            ".".join(str(getattr(key, "key", key)) for key in path)
-            for path, _ in jax.tree_util.tree_leaves_with_path(spec.abstract_params(None))
-        ]
+        self._check_finite = FiniteCheck(spec)
+        self._finite_parts = jax.jit(self._check_finite)
         self._device = mesh.local_mesh.devices.flat[0]
         self._pending: list[tuple[int, Metrics, bool]] = []
 
@@ -46,18 +47,31 @@ class Reporter:
                 self._monitor.train(step, self._scalars(metrics))
         self._pending.clear()
 
+    def refuse_broken(self, step: int, params: Any) -> None:
+        """Before a checkpoint: one with NaN or Inf must never take the place of a good one.
+
+        Raises:
+          TrainingFailed: names the parameter and its layer.
+        """
+        broken = self._check_finite.first(jax.device_get(self._finite_parts(params)))
+        if broken is not None:
+            raise TrainingFailed(
+                f"step {step}: the update made parameters NaN or Inf, {broken} first; "
+                "lower optimizer.learning_rate; earlier checkpoints are intact"
+            )
+
     def _refuse_nan(self, step: int, metrics: dict[str, np.ndarray]) -> None:
         bad_layers = np.flatnonzero(~metrics["finite_layers"])
-        bad_grads = np.flatnonzero(~metrics["finite_grads"])
+        bad_gradient = self._check_finite.origin_of_gradient(metrics["finite_grads"])
         sums = np.isfinite([metrics["loss"], metrics["aux_loss"], metrics["grad_norm"]]).all()
-        if sums and not len(bad_layers) and not len(bad_grads):
+        if sums and not len(bad_layers) and bad_gradient is None:
             return
         if len(bad_layers):
             where = f"layer {bad_layers[0]} is the first whose output is not finite"
         elif not np.isfinite(metrics["loss"]):
             where = "all layers are finite, the output projection is not"
-        elif len(bad_grads):
-            where = f"the gradient of {self._parameter_names[bad_grads[0]]} is not finite"
+        elif bad_gradient is not None:
+            where = f"the gradient of {bad_gradient} is not finite"
         else:
             where = f"grad_norm {float(metrics['grad_norm'])}, aux_loss {float(metrics['aux_loss'])}"
         raise TrainingFailed(

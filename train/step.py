@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from moejax.mesh import token_sharding
 from moejax.moe import MoEStats
+from train.finite import FiniteCheck
 from train.model import ModelSpec
 
 Batch = dict[str, jax.Array]
@@ -35,7 +36,7 @@ class TrainState:
       step: optimizer steps done, i32.
       params: nested dicts of f32 arrays.
       opt_state: Optax state.
-      key: data of the run's random key, u32; for routers that draw.
+      key: data of the run's random key, u32, from which each step's is folded; for routers that draw.
     """
 
     step: jax.Array
@@ -70,18 +71,22 @@ def state_shardings(spec: ModelSpec, state: TrainState, mesh: Mesh) -> TrainStat
     return jax.tree_util.tree_map_with_path(of, state)
 
 
-def make_loss(spec: ModelSpec) -> Callable[[dict[str, Any], Batch, jax.Array], tuple[jax.Array, Metrics]]:
-    """`(params, part, count) -> (this part's share of the batch's loss, what it reports)`.
+def make_loss(
+    spec: ModelSpec,
+) -> Callable[[dict[str, Any], Batch, jax.Array, jax.Array], tuple[jax.Array, Metrics]]:
+    """`(params, part, count, key) -> (this part's share of the batch's loss, what it reports)`.
 
-    The shares of all accumulation steps add up to cross-entropy per token (of `count` in the whole batch) plus the
-    mean of the auxiliary losses, so their gradients add up too.
+    `key` is the part's random key. The shares of all accumulation steps add up to cross-entropy per token (of `count`
+    in the whole batch) plus the mean of the auxiliary losses, so their gradients add up too.
     """
     accumulation = spec.config.optimizer.accumulation_steps
 
-    def loss(params: dict[str, Any], part: Batch, count: jax.Array) -> tuple[jax.Array, Metrics]:
+    def loss(
+        params: dict[str, Any], part: Batch, count: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
         model = spec.merge(params)
         hidden, stats, finite_L, _ = model(
-            part["tokens"], segments_BS=part["segments"], positions_BS=part["positions"]
+            part["tokens"], segments_BS=part["segments"], positions_BS=part["positions"], key=key
         )
         cross_entropy = model.loss(hidden, part["targets"], chunk=spec.config.model.loss_chunk) / count
         aux_loss = jnp.float32(0) if stats is None else jnp.sum(stats.aux_loss) / accumulation
@@ -96,25 +101,30 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """One optimizer step on one global batch, not yet compiled.
 
-    It reports scalars, and what is needed to name the origin of a NaN: `finite_layers` [L], `finite_grads` (one per
-    parameter, in tree order).
+    It reports scalars, and what is needed to name the origin of a NaN: `finite_layers` [L], and `finite_grads` as
+    `FiniteCheck` gives it.
     """
     accumulation = spec.config.optimizer.accumulation_steps
+    check_finite = FiniteCheck(spec)
     value_and_grad = jax.value_and_grad(make_loss(spec), has_aux=True)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         count = jnp.maximum(jnp.sum(batch["targets"] >= 0), 1).astype(jnp.float32)
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
-        def add_part(grads: Any, part: Batch) -> tuple[Any, Metrics]:
-            (_, report), part_grads = value_and_grad(state.params, part, count)
+        def add_part(grads: Any, numbered: tuple[jax.Array, Batch]) -> tuple[Any, Metrics]:
+            number, part = numbered
+            part_key = jax.random.fold_in(key, number)
+            (_, report), part_grads = value_and_grad(state.params, part, count, part_key)
             return jax.tree.map(jnp.add, grads, part_grads), report
 
         if accumulation == 1:
-            (_, report), grads = value_and_grad(state.params, batch, count)
+            (_, report), grads = value_and_grad(state.params, batch, count, key)
             reports = jax.tree.map(lambda x: x[None], report)
         else:
             zeros = jax.tree.map(jnp.zeros_like, state.params)
-            grads, reports = jax.lax.scan(add_part, zeros, _split(batch, accumulation, mesh))
+            parts = jnp.arange(accumulation), _split(batch, accumulation, mesh)
+            grads, reports = jax.lax.scan(add_part, zeros, parts)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -124,7 +134,7 @@ def make_train_step(
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": schedule(state.step),
             "finite_layers": jnp.all(reports["finite_layers"], axis=0),
-            "finite_grads": jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads)]),
+            "finite_grads": check_finite(grads),
             **({} if reports["stats"] is None else moe_metrics(reports["stats"])),
         }
         return TrainState(state.step + 1, params, opt_state, state.key), metrics

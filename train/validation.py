@@ -14,55 +14,66 @@ from train.fields import flatten, get, nearest, shown
 
 Rule = tuple[str, Callable[[float], bool]]
 
-AT_LEAST_ONE: Rule = ("must be at least 1", lambda value: value >= 1)
-AT_LEAST_ZERO: Rule = ("must be at least 0", lambda value: value >= 0)
+
+def whole(low: int, high: int) -> Rule:
+    """The rule of an integer between two bounds, both allowed."""
+    return f"must be between {low} and {high}", lambda value: low <= value <= high
+
+
+# Steps, tokens and rows are counted in 32 bits on the device; the rest is bounded far above what has been built.
+COUNT, COUNT_OR_ZERO = whole(1, 2**31 - 1), whole(0, 2**31 - 1)
+WIDTH = whole(1, 2**20)
+LAYERS = whole(1, 10_000)
 POSITIVE: Rule = ("must be a positive finite number", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE: Rule = ("must be a finite number of at least 0", lambda value: 0 <= value < math.inf)
 SHARE: Rule = ("must be between 0 and 1", lambda value: 0 <= value <= 1)
 INNER_SHARE: Rule = ("must be between 0 and 1, neither of them", lambda value: 0 < value < 1)
 DECAY: Rule = ("must be at least 0 and below 1", lambda value: 0 <= value < 1)
-SEED: Rule = ("must be between 0 and 4294967295", lambda value: 0 <= value < 2**32)
-AXIS: Rule = ("must be at least 1, or -1 for all remaining devices", lambda value: value == -1 or value >= 1)
+SEED = whole(0, 2**32 - 1)
+AXIS: Rule = (
+    f"must be between 1 and {2**20}, or -1 for all remaining devices",
+    lambda value: value == -1 or 1 <= value <= 2**20,
+)
 
-# Every number of the config stands here, so that none goes unchecked; an unset one (None) always passes.
+# Every number of the config stands here, so that none goes unchecked, but `model.moe.top_k`, which `_check_moe`
+# bounds by another field. An unset one (None) always passes.
 RANGES: dict[str, Rule] = {
-    "steps": AT_LEAST_ONE,
+    "steps": COUNT,
     "seed": SEED,
     "data.validation_fraction": INNER_SHARE,
-    "data.batch_size": AT_LEAST_ONE,
-    "data.sequence_length": AT_LEAST_ONE,
-    "model.num_layers": AT_LEAST_ONE,
-    "model.d_model": AT_LEAST_ONE,
-    "model.num_heads": AT_LEAST_ONE,
-    "model.num_kv_heads": AT_LEAST_ONE,
-    "model.d_hidden": AT_LEAST_ONE,
-    "model.vocab_size": AT_LEAST_ONE,
+    "data.batch_size": COUNT,
+    "data.sequence_length": COUNT,
+    "model.num_layers": LAYERS,
+    "model.d_model": WIDTH,
+    "model.num_heads": WIDTH,
+    "model.num_kv_heads": WIDTH,
+    "model.d_hidden": WIDTH,
+    "model.vocab_size": COUNT,
     "model.rope_theta": POSITIVE,
-    "model.loss_chunk": AT_LEAST_ONE,
-    "model.moe.num_experts": AT_LEAST_ONE,
-    "model.moe.top_k": AT_LEAST_ONE,
-    "model.moe.d_hidden": AT_LEAST_ONE,
+    "model.loss_chunk": COUNT,
+    "model.moe.num_experts": WIDTH,
+    "model.moe.d_hidden": WIDTH,
     "model.moe.routing.balance_weight": NOT_NEGATIVE,
     "model.moe.routing.z_weight": NOT_NEGATIVE,
     "optimizer.learning_rate": POSITIVE,
     "optimizer.adam_learning_rate": POSITIVE,
-    "optimizer.muon_iterations": AT_LEAST_ONE,
-    "optimizer.warmup_steps": AT_LEAST_ZERO,
+    "optimizer.muon_iterations": whole(1, 100),
+    "optimizer.warmup_steps": COUNT_OR_ZERO,
     "optimizer.decay_fraction": SHARE,
     "optimizer.final_fraction": SHARE,
     "optimizer.b1": DECAY,
     "optimizer.b2": DECAY,
     "optimizer.weight_decay": NOT_NEGATIVE,
     "optimizer.clip_norm": POSITIVE,
-    "optimizer.accumulation_steps": AT_LEAST_ONE,
+    "optimizer.accumulation_steps": WIDTH,
     "mesh.data": AXIS,
-    "mesh.expert": AT_LEAST_ONE,
-    "checkpoint.every": AT_LEAST_ZERO,
-    "checkpoint.keep_last": AT_LEAST_ONE,
-    "checkpoint.keep_best": AT_LEAST_ZERO,
-    "eval.every": AT_LEAST_ZERO,
-    "eval.max_batches": AT_LEAST_ONE,
-    "log.every": AT_LEAST_ONE,
+    "mesh.expert": WIDTH,
+    "checkpoint.every": COUNT_OR_ZERO,
+    "checkpoint.keep_last": COUNT,
+    "checkpoint.keep_best": COUNT_OR_ZERO,
+    "eval.every": COUNT_OR_ZERO,
+    "eval.max_batches": COUNT,
+    "log.every": COUNT,
 }
 
 NOT_EMPTY = ("workdir", "data.path", "data.validation_path", "data.text_field", "data.tokenizer")
@@ -161,15 +172,16 @@ def _check_moe(config: TrainConfig) -> None:
         value = get(config, name)
         if value not in known:
             raise ConfigError(name, shown(value), f"must be one of {', '.join(known)}{nearest(value, known)}")
-    if not moe_layer_numbers(config.model.moe_layers, config.model.num_layers):
+    is_dense = not moe_layer_numbers(config.model.moe_layers, config.model.num_layers)
+    if is_dense and moe.top_k is None:
         return
     own_top_k = ROUTERS[moe.router].default_top_k
     top_k = own_top_k if moe.top_k is None else moe.top_k
-    if top_k > moe.num_experts:
+    if not 1 <= top_k <= moe.num_experts:
         value = moe.top_k if moe.top_k is not None else f"unset ({own_top_k} for router {moe.router})"
         rule = f"must be between 1 and model.moe.num_experts ({moe.num_experts})"
         raise ConfigError("model.moe.top_k", value, rule)
-    if moe.num_experts % config.mesh.expert:
+    if not is_dense and moe.num_experts % config.mesh.expert:
         rule = f"must be divisible by mesh.expert ({config.mesh.expert})"
         raise ConfigError("model.moe.num_experts", moe.num_experts, rule)
 

@@ -20,9 +20,7 @@ from train.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from train.model import ModelSpec
-from train.optimizer import make_optimizer, make_schedule
-from train.step import make_init, make_train_step, state_shardings
+from train.program import make_program
 
 VOCAB = 29
 TIMES = ("tokens_per_second", "step_seconds")
@@ -86,14 +84,10 @@ class Steps:
 
     def __init__(self, run: TrainConfig, data: int = 1, expert: int = 1):
         self.mesh = moejax.make_mesh(data=data, expert=expert, devices=jax.devices()[: data * expert])
-        self.spec = ModelSpec.from_config(run, VOCAB)
-        optimizer = make_optimizer(run.optimizer, run.steps, self.spec)
-        init = make_init(self.spec, optimizer, run.seed)
+        program = make_program(run, VOCAB, self.mesh)
+        self.spec, self.step = program.spec, program.train_step
         with jax.set_mesh(self.mesh):
-            shardings = state_shardings(self.spec, jax.eval_shape(init), self.mesh)
-            self.state = jax.jit(init, out_shardings=shardings)()
-            step = make_train_step(self.spec, optimizer, make_schedule(run.optimizer, run.steps), self.mesh)
-            self.step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+            self.state = program.init()
 
     def put(self, batch):
         return jax.device_put(jax.tree.map(jnp.asarray, batch), token_sharding(self.mesh))

@@ -21,9 +21,17 @@ def known_names(monkeypatch):
 
 def test_every_number_of_the_config_has_a_range():
     numbers = {int, float, int | None, float | None}
-    assert set(RANGES) == {
+    assert {*RANGES, "model.moe.top_k"} == {
         name for name, annotation in leaf_types(TrainConfig).items() if annotation in numbers
     }
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, annotation in leaf_types(TrainConfig).items() if annotation in (int, int | None)]
+)
+def test_every_integer_is_bounded(name):
+    with pytest.raises(ConfigError, match=f"{name} = {10**20}: must be between"):
+        validate(override(TrainConfig(), {name: str(10**20)}), 8)
 
 
 def test_defaults_and_shipped_configs_are_valid():
@@ -35,13 +43,21 @@ def test_defaults_and_shipped_configs_are_valid():
 
 # What is set, and how the error begins and goes on.
 BROKEN = [
-    ("steps=0", "steps = 0: must be at least 1"),
+    ("steps=0", "steps = 0: must be between 1 and 2147483647"),
+    ("steps=100000000000000000000", "steps = 100000000000000000000: must be between 1 and 2147483647"),
+    ("model.d_model=10000000", "model.d_model = 10000000: must be between 1 and 1048576"),
+    ("mesh.data=4294967296", "mesh.data = 4294967296: must be between 1 and 1048576, or -1"),
+    ("model.moe.top_k=0", "model.moe.top_k = 0: must be between 1 and model.moe.num_experts (8)"),
+    (
+        "model.moe.top_k=-1 model.moe_layers=none",
+        "model.moe.top_k = -1: must be between 1 and model.moe.num_experts (8)",
+    ),
     ("seed=-1", "seed = -1: must be between 0 and"),
     ("seed=4294967296", "seed = 4294967296: must be between 0 and"),
     ("workdir=", "workdir = '': must not be empty"),
     ("data.path=", "data.path = '': must not be empty"),
-    ("data.batch_size=-16", "data.batch_size = -16: must be at least 1"),
-    ("data.sequence_length=0", "data.sequence_length = 0: must be at least 1"),
+    ("data.batch_size=-16", "data.batch_size = -16: must be between 1 and"),
+    ("data.sequence_length=0", "data.sequence_length = 0: must be between 1 and"),
     (
         "data.validation_fraction=1",
         "data.validation_fraction = 1.0: must be between 0 and 1, neither of them",
@@ -55,7 +71,7 @@ BROKEN = [
     ("optimizer.b2=1", "optimizer.b2 = 1.0: must be at least 0 and below 1"),
     ("optimizer.decay_fraction=1.5", "optimizer.decay_fraction = 1.5: must be between 0 and 1"),
     ("optimizer.weight_decay=-0.1", "optimizer.weight_decay = -0.1: must be a finite number of at least 0"),
-    ("optimizer.warmup_steps=-1", "optimizer.warmup_steps = -1: must be at least 0"),
+    ("optimizer.warmup_steps=-1", "optimizer.warmup_steps = -1: must be between 0 and"),
     ("model.moe.routing.z_weight=inf", "model.moe.routing.z_weight = inf: must be a finite number"),
     ("model.num_heads=3", "model.num_heads = 3: must divide model.d_model (128)"),
     ("model.d_model=12", "model.num_heads = 4: must leave an even width per head"),
@@ -69,7 +85,7 @@ BROKEN = [
     ("model.moe.exchange=ring", "model.moe.exchange = ring: must be one of all_to_all"),
     ("mesh.expert=3", "mesh.expert = 3: must divide the number of devices (8): 1, 2, 4, 8"),
     ("mesh.expert=16", "mesh.expert = 16: must divide the number of devices (8)"),
-    ("mesh.data=0", "mesh.data = 0: must be at least 1, or -1"),
+    ("mesh.data=0", "mesh.data = 0: must be between 1 and 1048576, or -1"),
     (
         "mesh.expert=8 model.moe.num_experts=12",
         "model.moe.num_experts = 12: must be divisible by mesh.expert (8)",

@@ -1,6 +1,8 @@
 """The optimizer step: the same on every layout, split into parts or not, and free of host traffic."""
 
 import dataclasses
+import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +12,15 @@ import pytest
 from flax import nnx
 
 import moejax
+from moejax.cost import peak_flops
 from tests import tolerance
 from tests.moejax import oracle
 from tests.train import small
 from train.config import ModelConfig, MoEConfig, OptimizerConfig, RoutingConfig
+from train.errors import TrainingFailed
+from train.model import ModelSpec
+from train.program import _compiler_options
+from train.reporter import Reporter
 from train.step import make_loss
 
 
@@ -66,13 +73,13 @@ def test_gradients_at_step_0_are_those_of_the_dense_oracle(layout, monkeypatch):
     count = jnp.float32((batch["targets"] >= 0).sum())
     with jax.set_mesh(trainer.mesh):
         grads = jax.jit(jax.grad(make_loss(trainer.spec), has_aux=True))(
-            trainer.state.params, trainer.put(batch), count
+            trainer.state.params, trainer.put(batch), count, jax.random.key(0)
         )[0]
     params = jax.tree.map(lambda p: jnp.asarray(np.asarray(p)), trainer.state.params)
     monkeypatch.setattr("moejax.transformer.MoE", DenseMoE)
     dense = small.Steps(run)
     expected = jax.jit(jax.grad(make_loss(dense.spec), has_aux=True))(
-        params, jax.tree.map(jnp.asarray, batch), count
+        params, jax.tree.map(jnp.asarray, batch), count, jax.random.key(0)
     )[0]
     for (path, b), a in zip(
         jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(grads), strict=True
@@ -170,3 +177,132 @@ def test_nnx_state_and_plain_parameters_are_the_same_tree():
     model = trainer.spec.merge(trainer.state.params)
     jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(model)), trainer.state.params)
     assert optax.tree.size(trainer.state.params) == trainer.spec.count_parameters()[0]
+
+
+def four_layers():
+    """Layers 0 and 2 dense, 1 and 3 MoE: period 2, two repetitions."""
+    model = dataclasses.replace(small.config().model, num_layers=4, moe_layers="odd")
+    return small.Steps(small.config(model=model))
+
+
+def spoiled(params, block, repetition, *names, value):
+    """The parameters with those of one layer, `repetition * 2 + block`, filled with a value."""
+    params = jax.tree.map(lambda leaf: leaf, params)
+    inner = params["blocks"][block]
+    for name in names[:-1]:
+        inner = inner[name]
+    inner[names[-1]] = inner[names[-1]].at[repetition].set(value)
+    return params
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ((0, 1, "ffn", "w_out"), np.nan, "layer 2 is the first whose output is not finite"),
+        # The z-loss overflows: every output is finite, but not what goes back from this router.
+        ((1, 0, "ffn", "router", "w_DE"), 1e25, "the gradient of ffn_norm.scale in layer 1 is not finite"),
+        ((1, 1, "ffn", "router", "w_DE"), 1e25, "the gradient of ffn_norm.scale in layer 3 is not finite"),
+    ],
+    ids=str,
+)
+def test_a_nan_is_traced_to_its_layer(place, value, message):
+    trainer = four_layers()
+    trainer.state = dataclasses.replace(
+        trainer.state, params=spoiled(trainer.state.params, *place, value=value)
+    )
+    reporter = Reporter(None, trainer.spec, trainer.mesh)
+    reporter.add(7, trainer.take(small.random_batch(small.config(), 0)), logged=False)
+    with pytest.raises(TrainingFailed, match=f"step 7: .*{message}"):
+        reporter.flush()
+
+
+def test_parameters_that_an_update_broke_are_named_with_their_layer():
+    trainer = four_layers()
+    reporter = Reporter(None, trainer.spec, trainer.mesh)
+    reporter.refuse_broken(7, trainer.state.params)
+    params = spoiled(trainer.state.params, 1, 1, "ffn", "experts", "w_in", value=np.inf)
+    with pytest.raises(
+        TrainingFailed, match=r"step 7: the update made parameters .*ffn\.experts\.w_in in layer 3"
+    ):
+        reporter.refuse_broken(7, params)
+    params = {**params, "embedding": params["embedding"] * np.nan}
+    with pytest.raises(TrainingFailed, match=r"ffn\.experts\.w_in in layer 3"):
+        reporter.refuse_broken(7, params)
+
+
+class Drawn(moejax.routing.TopK):
+    """Chooses by random number and by token id alone; what it saw can be read off the experts' load."""
+
+    def __call__(self, x_TD, *, token_mask_T=None, token_ids_T=None, key=None):
+        routing = super().__call__(x_TD, token_mask_T=token_mask_T)
+        shift = jax.random.randint(key, (), 0, self.w_DE.shape[1])
+        ids_TK = (token_ids_T[:, None] + shift + jnp.arange(self.top_k)[None]) % self.w_DE.shape[1]
+        return dataclasses.replace(routing, ids_TK=jnp.where(routing.valid_T[:, None], ids_TK, -1))
+
+
+def test_routers_get_token_ids_and_a_key_of_their_layer_and_step(monkeypatch):
+    monkeypatch.setitem(moejax.routing.ROUTERS, "topk", Drawn)
+    run = small.config(model=dataclasses.replace(small.config().model, num_layers=4))
+    batch = small.random_batch(run, 0)
+
+    def loads(layout, step):
+        """Load of each layer's experts, minus the random shift: the histogram of the token ids."""
+        trainer = small.Steps(run, *layout)
+        key = jax.random.fold_in(jax.random.wrap_key_data(trainer.state.key), step)
+        with jax.set_mesh(trainer.mesh):
+            report = jax.jit(make_loss(trainer.spec))(
+                trainer.state.params, trainer.put(batch), jnp.float32(1), key
+            )[1]
+        return np.asarray(report["stats"].load_E)
+
+    load_LE = loads((1, 1), 0)
+    np.testing.assert_array_equal(load_LE, loads((2, 4), 0), "the layout changes no draw")
+    assert (load_LE != loads((1, 1), 1)).any(), "another step, another draw"
+    assert (load_LE != load_LE[0]).any(), "another layer, another draw"
+    ids = batch["tokens"][batch["segments"] > 0]
+    count_E = np.bincount(np.concatenate([ids, ids + 1]) % 8, minlength=8)
+    for load_E in load_LE:
+        assert any((np.roll(count_E, shift) == load_E).all() for shift in range(8)), "chosen by token id"
+
+    trainer = small.Steps(run)
+    metrics = [trainer.take(batch) for _ in range(2)]
+    assert all(np.isfinite(float(m["loss"])) for m in metrics), "and it can be differentiated"
+
+
+def test_a_router_that_draws_nothing_costs_no_random_numbers():
+    def draws(compiled):
+        return re.search(r"u32\[[^\n]* xor\(", compiled.as_text()) is not None
+
+    run = small.config()
+    trainer = small.Steps(run)
+    with jax.set_mesh(trainer.mesh):
+        assert not draws(trainer.step.lower(trainer.state, trainer.put(small.random_batch(run, 0))).compile())
+    assert draws(jax.jit(jax.random.bits).lower(jax.random.key(0)).compile()), "drawing would be seen"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_only_products_count_as_work(tied):
+    model = dataclasses.replace(small.config().model, tie_embeddings=tied)
+    spec = ModelSpec.from_config(small.config(model=model), small.VOCAB)
+    attention, router, experts = 4 * 16 * 16, 16 * 8, 2 * (16 * 2 * 8 + 8 * 16)
+    output = small.VOCAB * 16
+    assert spec.active_matrix_parameters() == 2 * (attention + router + experts) + output
+
+
+def test_peaks_are_those_of_the_precision():
+    assert peak_flops("NVIDIA H100 80GB HBM3", "bf16") == 989e12
+    assert peak_flops("NVIDIA H100 80GB HBM3", "f32") == 67e12
+    assert peak_flops("NVIDIA H100 PCIe", "bf16") == 756e12
+    assert peak_flops("cpu", "f32") is None
+
+
+def test_programs_for_gpus_are_asked_for_a_fixed_order_of_summation():
+    def options_on(platform):
+        devices = np.asarray([types.SimpleNamespace(platform=platform)])
+        return _compiler_options(types.SimpleNamespace(devices=devices))
+
+    assert options_on("cpu") is None
+    options = options_on("gpu")
+    assert options == {"xla_gpu_exclude_nondeterministic_ops": True}
+    double = jax.jit(lambda x: 2 * x, compiler_options=options)
+    assert int(double(jnp.int32(3))) == 6, "XLA knows the option"

@@ -38,6 +38,7 @@ class TrainingBatches(Iterator[Batch]):
         self._windows = _Windows(corpus.train, batch_size, sequence_length, seed, rows or slice(None))
         self._identity: dict[str, Any] = {
             "content_hash": corpus.content_hash,
+            "tokenizer_hash": corpus.tokenizer_hash,
             "batch_size": batch_size,
             "sequence_length": sequence_length,
             "seed": seed,
@@ -63,13 +64,16 @@ class TrainingBatches(Iterator[Batch]):
         """Go on exactly after the batch that was handed out last before `get_state`.
 
         Raises:
-          ConfigError: the state belongs to other data, sizes or seed.
+          ConfigError: the state belongs to other data, another tokenizer, other sizes or another seed.
         """
         if state["content_hash"] != self._identity["content_hash"]:
             rule = (
                 "the content of the data has changed since the run began; a run resumes only on the same data"
             )
             raise ConfigError("data.path", "sha256 " + self._identity["content_hash"][:16], rule)
+        if state["tokenizer_hash"] != self._identity["tokenizer_hash"]:
+            rule = "is not the tokenizer with which the run began: the ids would mean something else"
+            raise ConfigError("data.tokenizer", "sha256 " + self._identity["tokenizer_hash"][:16], rule)
         for name, field in (
             ("batch_size", "data.batch_size"),
             ("sequence_length", "data.sequence_length"),

@@ -23,12 +23,14 @@ class Corpus:
       train: `train.num_tokens`, `train.num_documents` tell its size.
       validation: disjoint from it, unless the config names the same file twice.
       content_hash: sha256 of what the files hold, in hex; of a single text file, what `sha256sum` prints.
+      tokenizer_hash: `Tokenizer.fingerprint` of what made ids of it.
       ignored_files: files below the named folders that are of no known kind.
     """
 
     train: TokenStream
     validation: TokenStream
     content_hash: str
+    tokenizer_hash: str
     ignored_files: int = 0
 
 
@@ -53,7 +55,7 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer) -> Corpus:
         train, validation, ignored = encoded.stream(), held_out.stream(), ignored + more_ignored
     require_length(train, config.sequence_length, "training")
     require_length(validation, config.sequence_length, "validation")
-    return Corpus(train, validation, digest.hexdigest(), ignored)
+    return Corpus(train, validation, digest.hexdigest(), tokenizer.fingerprint(), ignored)
 
 
 def require_length(stream: TokenStream, sequence_length: int, split: str) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import abc
 import codecs
+import hashlib
 import json
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -59,6 +61,15 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def save(self, directory: str | Path) -> None:
         """Write into a directory all that `load_tokenizer` needs to build it again."""
+
+    def fingerprint(self) -> str:
+        """sha256 of all that `save` writes, in hex: other ids for the same text give another one."""
+        digest = hashlib.sha256()
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder)
+            for path in sorted(Path(folder).iterdir()):
+                digest.update(path.name.encode() + b"\0" + path.read_bytes())
+        return digest.hexdigest()
 
 
 class ByteTokenizer(Tokenizer):

@@ -11,9 +11,9 @@ from train.errors import ConfigError
 FIELDS = ("tokens", "targets", "segments", "positions", "index")
 
 
-def corpus_of(documents, validation=None, content_hash="a"):
+def corpus_of(documents, validation=None, content_hash="a", tokenizer_hash="t"):
     held_out = naive.stream_of(validation or documents)
-    return Corpus(naive.stream_of(documents), held_out, content_hash)
+    return Corpus(naive.stream_of(documents), held_out, content_hash, tokenizer_hash)
 
 
 # Every token is its own place, so that batches tell which predictions they hold.
@@ -119,6 +119,8 @@ def test_state_of_other_data_or_sizes_is_refused(open_batches):
     state = open_batches(corpus_of(DOCUMENTS)).get_state()
     with pytest.raises(ConfigError, match=r"data.path = .*content of the data has changed"):
         open_batches(corpus_of(DOCUMENTS, content_hash="b")).set_state(state)
+    with pytest.raises(ConfigError, match=r"data.tokenizer = .*is not the tokenizer"):
+        open_batches(corpus_of(DOCUMENTS, tokenizer_hash="u")).set_state(state)
     for option, field in (("batch_size", "data.batch_size"), ("sequence_length", "data.sequence_length")):
         with pytest.raises(ConfigError, match=f"^{field} = 5: must stay"):
             open_batches(corpus_of(DOCUMENTS), **{option: 5}).set_state(state)

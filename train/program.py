@@ -1,0 +1,74 @@
+"""A run's compiled functions on a mesh: what the training loop, the benchmarks and the tests all drive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from train.config import TrainConfig
+from train.model import ModelSpec
+from train.optimizer import make_optimizer, make_schedule
+from train.step import Batch, Metrics, TrainState, make_eval_step, make_init, make_train_step, state_shardings
+
+
+@dataclass(frozen=True)
+class Program:
+    """The functions of one run, jitted; call them under `jax.set_mesh(mesh)`.
+
+    Fields:
+      spec: the model without its numbers.
+      mesh: the devices.
+      abstract_state: shape, dtype and sharding of every leaf of the state, as a checkpoint is read.
+      init: `() -> state` before the first step.
+      train_step: `(state, batch) -> (state, metrics)`; the state that goes in is gone afterwards.
+      eval_step: `(params, batch) -> (summed cross-entropy in nats, tokens counted)`.
+    """
+
+    spec: ModelSpec
+    mesh: Mesh
+    abstract_state: TrainState
+    init: Callable[[], TrainState]
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    eval_step: Callable[[dict[str, Any], Batch], tuple[jax.Array, jax.Array]]
+
+
+def make_program(config: TrainConfig, vocab_size: int, mesh: Mesh) -> Program:
+    """The program of a run; nothing is compiled before it is called.
+
+    Args:
+      vocab_size: of the tokenizer.
+    """
+    spec = ModelSpec.from_config(config, vocab_size)
+    schedule = make_schedule(config.optimizer, config.steps)
+    optimizer = make_optimizer(config.optimizer, config.steps, spec)
+    init = make_init(spec, optimizer, config.seed)
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(init)
+        shardings = state_shardings(spec, shapes, mesh)
+    place = lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)  # noqa: E731
+    return Program(
+        spec,
+        mesh,
+        abstract_state=jax.tree.map(place, shapes, shardings),
+        init=jax.jit(init, out_shardings=shardings),
+        train_step=jax.jit(
+            make_train_step(spec, optimizer, schedule, mesh),
+            donate_argnums=0,
+            out_shardings=(shardings, None),
+            compiler_options=_compiler_options(mesh),
+        ),
+        eval_step=jax.jit(make_eval_step(spec)),
+    )
+
+
+def _compiler_options(mesh: Mesh) -> dict[str, bool] | None:
+    """A resumed run gives the same bits, so XLA may use no operation whose order of summation is left to chance.
+
+    On a GPU that is above all the scatter-add of the embedding's gradient. CPU programs have none.
+    """
+    is_gpu = mesh.devices.flat[0].platform == "gpu"
+    return {"xla_gpu_exclude_nondeterministic_ops": True} if is_gpu else None
