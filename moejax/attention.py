@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moejax.layers import RMSNorm, init_matrix, rms_norm, rotary
+from moejax.layers import RMSNorm, init_matrix, rms_norm, rotate, rotation
 
 
 @jax.tree_util.register_dataclass
@@ -78,12 +78,17 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(self.d_head, axis="hidden")
         self.k_norm = RMSNorm(self.d_head, axis="hidden")
 
+    def rotation(self, positions_BS: jax.Array) -> jax.Array:
+        """[B, S, 2, h / 2]: what queries and keys are rotated by."""
+        return rotation(positions_BS, self.d_head, self.rope_theta)
+
     def __call__(
         self,
         x_BSD: jax.Array,
         segments_BS: jax.Array | None,
         positions_BS: jax.Array,
         cache: KVCache | None = None,
+        rotation_BS2f: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Attend within each document, to the past and oneself only.
 
@@ -92,13 +97,18 @@ class Attention(nnx.Module):
             each sequence is one document: then no [B, 1, S, S] mask is made.
           positions_BS: position within the document. With a cache: the same in every sequence.
           cache: earlier keys and values; then the new ones are stored, and attention goes to the last W.
+          rotation_BS2f: `self.rotation(positions_BS)`, where several layers share it.
         """
+        if rotation_BS2f is None:
+            rotation_BS2f = self.rotation(positions_BS)
         weights = jnp.concatenate([self.w_q[...], self.w_k[...], self.w_v[...]], axis=1).astype(self.dtype)
         qkv = (x_BSD.astype(self.dtype) @ weights).reshape(*x_BSD.shape[:2], -1, self.d_head)
         num_kv = self.w_k.shape[1] // self.d_head
-        q, k, v = jnp.split(qkv, [qkv.shape[2] - 2 * num_kv, qkv.shape[2] - num_kv], axis=2)
-        q = _norm_and_rotate(q, self.q_norm.scale[...], positions_BS, self.rope_theta)
-        k = _norm_and_rotate(k, self.k_norm.scale[...], positions_BS, self.rope_theta)
+        num_heads = qkv.shape[2] - 2 * num_kv
+        scales = [jnp.broadcast_to(self.q_norm.scale[...], (num_heads, self.d_head))]
+        scales += [jnp.broadcast_to(self.k_norm.scale[...], (num_kv, self.d_head))]
+        qk, v = jnp.split(qkv, [num_heads + num_kv], axis=2)
+        q, k = jnp.split(_norm_and_rotate(qk, jnp.concatenate(scales), rotation_BS2f), [num_heads], axis=2)
         if cache is None:
             mask = None
             if segments_BS is not None:
@@ -114,11 +124,9 @@ class Attention(nnx.Module):
         return y.reshape(*x_BSD.shape[:2], -1) @ self.w_out[...].astype(self.dtype), cache
 
 
-@partial(jax.checkpoint, static_argnums=3)  # backward keeps what comes in, not the many steps within
-def _norm_and_rotate(
-    x_BSHh: jax.Array, scale_h: jax.Array, positions_BS: jax.Array, theta: float
-) -> jax.Array:
-    return rotary(rms_norm(x_BSHh, scale_h), positions_BS, theta)
+@jax.checkpoint  # backward keeps what comes in, not the many steps within
+def _norm_and_rotate(x_BSHh: jax.Array, scale_Hh: jax.Array, rotation_BS2f: jax.Array) -> jax.Array:
+    return rotate(rms_norm(x_BSHh, scale_Hh), rotation_BS2f)
 
 
 def _attend(

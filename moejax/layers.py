@@ -27,10 +27,13 @@ def init_matrix(rngs: nnx.Rngs, shape: tuple[int, ...], *, axes: tuple[str, ...]
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float = 1e-6) -> jax.Array:
-    """x / rms(x) * scale over the last dimension, computed in f32 (Zhang & Sennrich 2019, eq. 4); dtype of x."""
+    """x / rms(x) * scale over the last dimension, computed in f32 (Zhang & Sennrich 2019, eq. 4); dtype of x.
+
+    scale: of the last dimension, or of some of the last ones.
+    """
     x_f32 = x.astype(jnp.float32)
     rms = jax.lax.rsqrt(jnp.mean(x_f32 * x_f32, axis=-1, keepdims=True) + eps)
-    return (x_f32 * rms * jnp.expand_dims(scale, tuple(range(x.ndim - 1)))).astype(x.dtype)
+    return (x_f32 * rms * jnp.expand_dims(scale, tuple(range(x.ndim - scale.ndim)))).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -44,12 +47,17 @@ class RMSNorm(nnx.Module):
         return jax.checkpoint(rms_norm)(x, self.scale[...])
 
 
-def rotary(x_BSHh: jax.Array, positions_BS: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding (Su et al. 2021, eq. 34), halves rotated against each other."""
-    half = x_BSHh.shape[-1] // 2
+def rotation(positions_BS: jax.Array, d_head: int, theta: float) -> jax.Array:
+    """Cosines and sines of rotary position embedding (Su et al. 2021, eq. 34), f32 [B, S, 2, h / 2]."""
+    half = d_head // 2
     wavelengths = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_BS1f = positions_BS[:, :, None, None].astype(jnp.float32) * wavelengths[None, None, None, :]
-    cos, sin = jnp.cos(angle_BS1f), jnp.sin(angle_BS1f)
+    angle_BSf = positions_BS[:, :, None].astype(jnp.float32) * wavelengths[None, None, :]
+    return jnp.stack([jnp.cos(angle_BSf), jnp.sin(angle_BSf)], axis=2)
+
+
+def rotate(x_BSHh: jax.Array, rotation_BS2f: jax.Array) -> jax.Array:
+    """Turn every head by its position's `rotation`, halves against each other; in f32, dtype of x."""
+    cos, sin = rotation_BS2f[:, :, :1], rotation_BS2f[:, :, 1:]
     a, b = jnp.split(x_BSHh.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BSHh.dtype)
 

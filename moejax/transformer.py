@@ -42,11 +42,13 @@ class Context:
       tokens_BS: their ids, for routers that look at the token itself.
       segments_BS: document of each position, 0 for padding; None for one document per sequence.
       positions_BS: position within the document.
+      rotation_BS2f: what queries and keys are rotated by; see `Attention.rotation`.
     """
 
     tokens_BS: jax.Array
     segments_BS: jax.Array | None
     positions_BS: jax.Array
+    rotation_BS2f: jax.Array
 
 
 class Block(nnx.Module):
@@ -67,7 +69,9 @@ class Block(nnx.Module):
           key: this layer's random key, for routers that draw.
         """
         normed_BSD, segments_BS = self.attention_norm(x_BSD), context.segments_BS
-        attended, cache = self.attention(normed_BSD, segments_BS, context.positions_BS, cache)
+        attended, cache = self.attention(
+            normed_BSD, segments_BS, context.positions_BS, cache, context.rotation_BS2f
+        )
         x_BSD = x_BSD + attended
         if isinstance(self.ffn, MoE):
             token_mask = None if segments_BS is None else segments_BS > 0
@@ -181,7 +185,9 @@ class Transformer(nnx.Module):
         """
         if positions_BS is None:
             positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape)
-        context = Context(tokens_BS, segments_BS, positions_BS)
+        # Without the barrier XLA would take all cosines and sines again in every layer, forward and backward.
+        rotation_BS2f = jax.lax.optimization_barrier(self.blocks[0].attention.rotation(positions_BS))
+        context = Context(tokens_BS, segments_BS, positions_BS, rotation_BS2f)
         graphdef, stacked = nnx.split(self.blocks)
         keys_L = None if key is None else jax.random.split(key, self.num_layers)
 
