@@ -6,11 +6,13 @@ every op falls back to plain XLA, with one warning; `moejax doctor` says so too.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import ctypes
 import functools
 import pathlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -32,9 +34,26 @@ _HANDLERS = (
 )
 
 
-@functools.cache
+_enabled = contextvars.ContextVar("moejax_native_ops", default=True)
+
+
+@contextlib.contextmanager
+def disabled() -> Iterator[None]:
+    """Within, programs are traced without the library: to compare both ways of computing."""
+    token = _enabled.set(False)
+    try:
+        yield
+    finally:
+        _enabled.reset(token)
+
+
 def cpu_library() -> ctypes.CDLL | None:
-    """The loaded library with its handlers registered; None, with a warning, where it was not built."""
+    """The loaded library with its handlers registered; None where it was not built (with a warning) or is disabled."""
+    return _load() if _enabled.get() else None
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | None:
     # An editable installation has the sources in one folder and what was built in another.
     import custom_ops
 
@@ -69,7 +88,7 @@ def supports(dtype: DTypeLike) -> bool:
 
 def call(name: str, results: Any, *operands: jax.Array, **attributes: Any) -> Any:
     """Call a handler of the library; `results` as in `jax.ffi.ffi_call`."""
-    cpu_library()  # registers the handlers, once
+    _load()  # registers the handlers, once
     outputs = jax.ffi.ffi_call(name, results, vmap_method="sequential")(*operands, **attributes)
     # A foreign call's results do not know over which mesh axes they vary.
     return jax.tree.map(lambda output: vary_like(output, *operands), outputs)

@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import types
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 import custom_ops
-from custom_ops import make_plan, reference
+from custom_ops import make_plan, native, reference
 from tests import tolerance
 from tests.tolerance import assert_close
 
@@ -54,9 +55,21 @@ def everything(ops, x, rows, weights, plan):
     return results
 
 
-@functools.lru_cache
+@pytest.fixture(params=["native", "xla"], autouse=True)
+def path(request):
+    """Every test runs on the compiled library and on plain XLA."""
+    assert native.cpu_library() is not None
+    with native.disabled() if request.param == "xla" else contextlib.nullcontext():
+        yield request.param
+
+
 def compiled(function, *static):
-    return jax.jit(functools.partial(function, *static))
+    return _compiled(native.cpu_library() is None, function, *static)
+
+
+@functools.lru_cache
+def _compiled(_without_library, function, *static):
+    return jax.jit(lambda *operands: function(*static, *operands))
 
 
 class PermuteConformance:

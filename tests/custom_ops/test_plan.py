@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import functools
 
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from custom_ops import make_plan, reference
+from custom_ops import make_plan, native, reference
 
 FIELDS = ("position_TK", "choice_N", "group_sizes_P", "served_TK", "num_invalid")
 
@@ -23,8 +24,20 @@ CASES = {
 }
 
 
-@functools.lru_cache
+@pytest.fixture(params=["native", "xla"], autouse=True)
+def path(request):
+    """Every test runs on the compiled library and on plain XLA."""
+    assert native.cpu_library() is not None
+    with native.disabled() if request.param == "xla" else contextlib.nullcontext():
+        yield request.param
+
+
 def compiled(make, P, B, unique):
+    return _compiled(native.cpu_library() is None, make, P, B, unique)
+
+
+@functools.lru_cache
+def _compiled(_without_library, make, P, B, unique):
     return jax.jit(lambda dest: make(dest, P, B, unique=unique))
 
 
@@ -48,6 +61,21 @@ def test_matches_the_specification(case, bucket_rows, unique):
         plan_with(make, CASES[case], 4, bucket_rows, unique) for make in (make_plan, reference.make_plan)
     ]
     assert_same_plan(*plans)
+
+
+def test_many_choices():
+    # More than one chunk of the library's counting, and more destinations than choices of a chunk.
+    for T, K, P, B in ((40_000, 1, 4096, None), (9_000, 4, 3, 2_500)):
+        dest = np.random.default_rng(4).integers(-1, P + 1, (T, K))
+        make = reference.make_plan if P == 3 else None
+        plan = plan_with(make_plan, dest, P, B, True)
+        if make is not None:
+            assert_same_plan(plan, plan_with(make, dest, P, B, True))
+            continue
+        valid = np.flatnonzero((dest[:, 0] >= 0) & (dest[:, 0] < P))
+        order = valid[np.argsort(dest[valid, 0], kind="stable")]
+        np.testing.assert_array_equal(plan.choice_N[: len(order)], order)
+        assert (np.asarray(plan.choice_N[len(order) :]) == -1).all()
 
 
 # Below and above the change from counting to sorting; and keys too large for one 31-bit sort operand.

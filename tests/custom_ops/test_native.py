@@ -1,0 +1,140 @@
+"""What only the compiled library can get wrong; what it shares with other implementations is tested beside those."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from custom_ops import (
+    grouped_matmul,
+    grouped_matmul_dlhs,
+    grouped_matmul_drhs,
+    make_plan,
+    native,
+    permute,
+    unpermute,
+)
+from tests import tolerance
+from tests.tolerance import assert_close
+
+
+def draw(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def grouped_in_f64(rows, w, dout, sizes):
+    """(out, drows, dw) by a loop over groups in NumPy."""
+    rows, w, dout = (np.asarray(a, np.float64) for a in (rows, w, dout))
+    out, drows, dw = np.zeros((len(rows), w.shape[2])), np.zeros_like(rows), np.zeros_like(w)
+    first = 0
+    for e, size in enumerate(sizes):
+        group = slice(first, first + size)
+        out[group], drows[group] = rows[group] @ w[e], dout[group] @ w[e].T
+        dw[e] = rows[group].T @ dout[group]
+        first += size
+    return out, drows, dw
+
+
+# Tiles, panels and blocks begin and end everywhere: rows of 12, 8, 4, 2 and 1, columns of 16 and 32, depth beyond one
+# block of 512, more rows and columns than one task takes; and one row, one column.
+@pytest.mark.parametrize(
+    "D, F, sizes",
+    [
+        (37, 83, [0, 1, 11, 25, 12, 2]),
+        (1100, 300, [600, 0, 7]),
+        (1, 1, [3, 1]),
+        (16, 513, [23]),
+        (7168, 33, [5, 9]),
+    ],
+    ids=str,
+)
+def test_blocks_of_every_size(D, F, sizes):
+    N, E = sum(sizes) + 3, len(sizes)
+    rows, w, dout = draw(0, N, D), draw(1, E, D, F), draw(2, N, F)
+    group_sizes = jnp.asarray(sizes, jnp.int32)
+    pick = {"implementation": "native"}
+    actual = (
+        grouped_matmul(rows, w, group_sizes, **pick),
+        grouped_matmul_dlhs(dout, w, group_sizes, **pick),
+        grouped_matmul_drhs(rows, dout, group_sizes, **pick),
+    )
+    for got, want, name in zip(
+        actual, grouped_in_f64(rows, w, dout, sizes), ("out", "drows", "dw"), strict=True
+    ):
+        assert_close(np.asarray(got, np.float64), want, tolerance.F32, name)
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    rows, w = draw(0, 100, 70), draw(1, 2, 70, 90)
+    one_group = grouped_matmul(rows, w, jnp.asarray([100, 0], jnp.int32), implementation="native")
+    alone = grouped_matmul(rows[57:58], w, jnp.asarray([1, 0], jnp.int32), implementation="native")
+    np.testing.assert_array_equal(one_group[57], alone[0])
+
+
+@pytest.mark.parametrize("D", [1, 7, 64, 100, 1536, 7168])
+def test_widths_and_repeats_bitwise(D):
+    T, K, P = 33, 4, 5
+    plan = make_plan(jnp.asarray(np.random.default_rng(3).integers(-1, P, (T, K)), jnp.int32), P, 20)
+    x, weights = draw(4, T, D), draw(5, T, K)
+
+    @jax.jit
+    def run(x, weights):
+        def there_and_back(x, weights):
+            return unpermute(permute(x, plan), plan, weights)
+
+        y, pullback = jax.vjp(there_and_back, x, weights)
+        return y, *pullback(x)
+
+    first = run(x, weights)
+    served = np.asarray(plan.position_TK) >= 0
+    scale = np.where(served, np.asarray(weights, np.float64), 0).sum(axis=1, keepdims=True)
+    x64 = np.asarray(x, np.float64)
+    assert_close(np.asarray(first[0], np.float64), x64 * scale, tolerance.F32, "y")
+    assert_close(np.asarray(first[1], np.float64), x64 * scale, tolerance.F32, "dx")
+    assert_close(
+        np.asarray(first[2], np.float64),
+        np.where(served, (x64**2).sum(axis=1, keepdims=True), 0),
+        tolerance.F32,
+        "dweights",
+    )
+    for _ in range(49):
+        jax.tree.map(np.testing.assert_array_equal, run(x, weights), first)
+
+
+def shaped(shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+@pytest.mark.parametrize(
+    "name, results, operands, attributes, words",
+    [
+        ("grouped_matmul", shaped((3, 5)), (jnp.ones((3, 4)), jnp.ones((2, 6, 5)), jnp.ones(2, jnp.int32)),
+         {"transposed": False}, "the width of lhs"),
+        ("grouped_matmul", shaped((3, 5)), (jnp.ones((3, 4)), jnp.ones((2, 4, 5)), jnp.ones(3, jnp.int32)),
+         {"transposed": False}, "group sizes"),
+        ("grouped_matmul_drhs", shaped((2, 4, 5)), (jnp.ones((3, 4)), jnp.ones((2, 5)), jnp.ones(2, jnp.int32)),
+         {}, "as many rows"),
+        ("swiglu", shaped((3, 2)), (jnp.ones((3, 5)),), {}, "hidden must be"),
+        ("unpermute", shaped((2, 4)), (jnp.ones((3, 4)), jnp.full((2, 1), 3, jnp.int32), jnp.zeros((0, 0))), {},
+         "rows that do not exist"),
+        ("permute", shaped((3, 4)), (jnp.ones((2, 4)), jnp.full((2, 1), 3, jnp.int32), jnp.zeros(3, jnp.int32),
+         jnp.zeros((0, 0))), {}, "rows that do not exist"),
+    ],
+)  # fmt: skip
+def test_a_wrong_call_is_an_error_not_a_crash(name, results, operands, attributes, words):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=words):
+        native.call(f"moejax_{name}", results, *operands, **attributes)
+
+
+def test_without_the_library_there_is_a_warning_and_the_same_result(monkeypatch):
+    x, dest = draw(0, 6, 4), jnp.asarray([[0, 1], [1, 1], [2, 0], [0, 0], [-1, 2], [1, 0]], jnp.int32)
+    with_library = permute(x, make_plan(dest, 3))
+    native._load.cache_clear()
+    monkeypatch.setattr("custom_ops.__path__", [])
+    try:
+        with pytest.warns(UserWarning, match="without its native CPU ops"):
+            plan = make_plan(dest, 3)
+        np.testing.assert_array_equal(permute(x, plan), with_library)
+        assert native.describe().startswith("not built")
+    finally:
+        native._load.cache_clear()
