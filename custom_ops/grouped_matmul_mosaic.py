@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from custom_ops.checks import require
 from custom_ops.grouped_matmul_triton import zero_tail
 from custom_ops.target import target
+from custom_ops.varying import vary_like
 
 # Widths must be multiples of it: a block of a sum is 64 wide, a tile of the weights' gradient 128 by 128.
 ALIGNMENT = 128
@@ -51,7 +52,7 @@ def _rowwise(lhs, w_EDF, sizes_E, dtype, *, transpose: bool) -> jax.Array:
         grid_block_n=min(_COLUMNS_TOGETHER, (D if transpose else F) // _TILES["block_n"]),
         **_TILES,
     )
-    return zero_tail(out, sizes_E)
+    return zero_tail(vary_like(out, lhs, w_EDF, sizes_E), sizes_E)
 
 
 def drhs(rows_ND, dout_NF, sizes_E, dtype: DTypeLike) -> jax.Array:
@@ -61,13 +62,14 @@ def drhs(rows_ND, dout_NF, sizes_E, dtype: DTypeLike) -> jax.Array:
     (N, D), F, E = rows_ND.shape, dout_NF.shape[1], sizes_E.shape[0]
     _require_fit(rows_ND.dtype, D, F, E, dtype)
     sizes_E = _cut_off(sizes_E, N)
-    return transposed_ragged_dot(
+    dw_EDF = transposed_ragged_dot(
         zero_tail(rows_ND, sizes_E),
         zero_tail(dout_NF, sizes_E),
         group_sizes=sizes_E,
         grid_block_n=min(_COLUMNS_TOGETHER, F // _TILES["block_n"]),
         **_TILES,
     )
+    return vary_like(dw_EDF, rows_ND, dout_NF, sizes_E)
 
 
 def misfit(dtype: DTypeLike, D: int, F: int, E: int, result_dtype: DTypeLike | None = None) -> str | None:

@@ -35,7 +35,7 @@ class Tiling(NamedTuple):
 # Tiles of the 16-bit types fill the tensor cores and fit the shared memory of an A100 (160 KiB); true f32 and f64
 # products run on the ordinary units, where the accumulator's registers are the limit.
 _TILING_16_BIT = Tiling(rows=128, columns=128, depth=64, warps=8, stages=3)
-_TILING_WIDE = Tiling(rows=64, columns=64, depth=32, warps=8, stages=2)
+_TILING_WIDE = Tiling(rows=64, columns=64, depth=16, warps=4, stages=3)
 # Triton multiplies tiles of at least 16 by 16, of powers of two.
 _SMALLEST = 16
 
