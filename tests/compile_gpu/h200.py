@@ -118,7 +118,10 @@ class Program:
     @property
     def dot_flops(self) -> list[int]:
         """FLOPs of every product that is no kernel of ours, as traced."""
-        pattern = r"stablehlo\.dot_general .*?contracting_dims = \[([\d, ]*)\].*: \(tensor<([\dx]+)x\w+>, .* -> tensor<([\dx]*)"
+        pattern = (
+            r"stablehlo\.dot_general .*?contracting_dims = \[([\d, ]*)\]"
+            r".*: \(tensor<([\dx]+)x\w+>, .* -> tensor<([\dx]*)"
+        )
         found = []
         for contracted, lhs, result in re.findall(pattern, self.traced):
             sizes = [int(n) for n in lhs.split("x")]

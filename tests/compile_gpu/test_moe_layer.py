@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding
 
 import moejax
 from moejax.mesh import state_shardings, token_sharding
