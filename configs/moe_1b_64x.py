@@ -44,7 +44,7 @@ def config() -> TrainConfig:
                 routing=RoutingConfig(normalize=False, balance_weight=0.01, z_weight=0.001),
             ),
         ),
-        optimizer=OptimizerConfig(learning_rate=4e-4, warmup_steps=2500, accumulation_steps=8),
+        optimizer=OptimizerConfig(learning_rate=4e-4, warmup_steps=2500, accumulation_steps=16),
         mesh=MeshConfig(expert=8),
         checkpoint=CheckpointConfig(every=1000),
         eval=EvalConfig(every=1000, max_batches=32),

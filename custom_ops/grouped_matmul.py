@@ -18,8 +18,16 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from custom_ops import grouped_matmul_native, grouped_matmul_windows, native, reference
+from custom_ops import (
+    grouped_matmul_mosaic,
+    grouped_matmul_native,
+    grouped_matmul_triton,
+    grouped_matmul_windows,
+    native,
+    reference,
+)
 from custom_ops.checks import require, require_array
+from custom_ops.target import target
 from custom_ops.varying import vary_alike
 
 
@@ -35,6 +43,12 @@ IMPLEMENTATIONS = {
     "native": Implementation(
         grouped_matmul_native.forward, grouped_matmul_native.dlhs, grouped_matmul_native.drhs
     ),
+    "mosaic": Implementation(
+        grouped_matmul_mosaic.forward, grouped_matmul_mosaic.dlhs, grouped_matmul_mosaic.drhs
+    ),
+    "triton": Implementation(
+        grouped_matmul_triton.forward, grouped_matmul_triton.dlhs, grouped_matmul_triton.drhs
+    ),
     "windows": Implementation(
         grouped_matmul_windows.forward, grouped_matmul_windows.dlhs, grouped_matmul_windows.drhs
     ),
@@ -44,14 +58,31 @@ IMPLEMENTATIONS = {
 }
 
 
-def default_implementation() -> str:
-    """The name used when none is given.
+class Choice(NamedTuple):
+    """The implementation taken where none is named, and why it is that one."""
 
-    "native" on CPU where the library was built; otherwise "windows", which is plain XLA, so that it is correct
-    everywhere and costs no more FLOPs than the groups have; it does not fill a GPU.
+    name: str
+    reason: str
+
+
+def default_implementation(
+    dtype: DTypeLike, D: int, F: int, E: int, result_dtype: DTypeLike | None = None
+) -> Choice:
+    """What is taken when no implementation is named, for E matrices [D, F] of a dtype.
+
+    It depends on the device that is being traced for (see `custom_ops.target`), so a program for GPUs gets the
+    kernels for GPUs also on a machine without one.
     """
-    on_cpu = jax.default_backend() == "cpu"
-    return "native" if on_cpu and native.cpu_library() is not None else "windows"
+    platform = target().platform
+    if platform == "gpu":
+        misfit = grouped_matmul_mosaic.misfit(dtype, D, F, E, result_dtype)
+        if misfit is None:
+            return Choice("mosaic", f"{target().kind}, 16-bit operands, aligned widths")
+        return Choice("triton", f"not mosaic: {misfit}")
+    if platform == "cpu" and native.cpu_library() is not None:
+        return Choice("native", "the platform is cpu, the library was built")
+    # Plain XLA: right everywhere, at no more FLOPs than the groups have.
+    return Choice("windows", f"the platform is {platform}, without native kernels")
 
 
 def grouped_matmul(
@@ -68,19 +99,19 @@ def grouped_matmul(
       rows_ND: rows packed by group from row 0.
       w_EDF: one matrix per group, of the rows' dtype.
       group_sizes_E: int32 rows per group; what exceeds N in all is cut off.
-      implementation: a key of IMPLEMENTATIONS; None takes `default_implementation()`.
+      implementation: a key of IMPLEMENTATIONS; None takes `default_implementation`.
       dtype: of the result; None takes that of the rows.
 
     Raises:
       ValueError: unknown implementation, or ranks, sizes or dtypes that do not belong together.
     """
     _check("rows_ND", "[N, D]", rows_ND, "w_EDF", "[E, D, F]", w_EDF, group_sizes_E)
-    E, D, _ = w_EDF.shape
+    E, D, F = w_EDF.shape
     require(
         rows_ND.shape[1] == D, "rows_ND", f"width {D} as in w_EDF {w_EDF.shape}", f"shape {rows_ND.shape}"
     )
     require(group_sizes_E.shape[0] == E, "group_sizes_E", f"{E} groups as in w_EDF", group_sizes_E.shape)
-    rule = _rule(implementation, dtype, rows_ND)
+    rule = _rule(implementation, dtype, rows_ND, D, F, E)
     return _forward(*rule, *vary_alike(rows_ND, w_EDF, group_sizes_E))
 
 
@@ -97,12 +128,12 @@ def grouped_matmul_dlhs(
     Everything else as in `grouped_matmul`.
     """
     _check("dout_NF", "[N, F]", dout_NF, "w_EDF", "[E, D, F]", w_EDF, group_sizes_E)
-    E, _, F = w_EDF.shape
+    E, D, F = w_EDF.shape
     require(
         dout_NF.shape[1] == F, "dout_NF", f"width {F} as in w_EDF {w_EDF.shape}", f"shape {dout_NF.shape}"
     )
     require(group_sizes_E.shape[0] == E, "group_sizes_E", f"{E} groups as in w_EDF", group_sizes_E.shape)
-    rule = _rule(implementation, dtype, dout_NF)
+    rule = _rule(implementation, dtype, dout_NF, D, F, E)
     return _dlhs(*rule, *vary_alike(dout_NF, w_EDF, group_sizes_E))
 
 
@@ -119,9 +150,9 @@ def grouped_matmul_drhs(
     Everything else as in `grouped_matmul`.
     """
     _check("rows_ND", "[N, D]", rows_ND, "dout_NF", "[N, F]", dout_NF, group_sizes_E)
-    N = rows_ND.shape[0]
+    (N, D), F, E = rows_ND.shape, dout_NF.shape[1], group_sizes_E.shape[0]
     require(dout_NF.shape[0] == N, "dout_NF", f"{N} rows as in rows_ND", f"shape {dout_NF.shape}")
-    rule = _rule(implementation, dtype, rows_ND)
+    rule = _rule(implementation, dtype, rows_ND, D, F, E)
     return _drhs(*rule, *vary_alike(rows_ND, dout_NF, group_sizes_E))
 
 
@@ -132,10 +163,13 @@ def _check(lhs_name, lhs_shape, lhs, rhs_name, rhs_shape, rhs, group_sizes_E) ->
     require(lhs.dtype == rhs.dtype, rhs_name, f"dtype {lhs.dtype} as {lhs_name}", rhs.dtype)
 
 
-def _rule(implementation: str | None, dtype: DTypeLike | None, lhs: jax.Array) -> tuple[str, jnp.dtype]:
-    name = default_implementation() if implementation is None else implementation
-    require(name in IMPLEMENTATIONS, "implementation", f"one of {sorted(IMPLEMENTATIONS)}", repr(name))
-    return name, jnp.dtype(lhs.dtype if dtype is None else dtype)
+def _rule(implementation, dtype, lhs: jax.Array, D: int, F: int, E: int) -> tuple[str, jnp.dtype]:
+    result_dtype = jnp.dtype(lhs.dtype if dtype is None else dtype)
+    if implementation is None:
+        return default_implementation(lhs.dtype, D, F, E, result_dtype).name, result_dtype
+    known = implementation in IMPLEMENTATIONS
+    require(known, "implementation", f"one of {sorted(IMPLEMENTATIONS)}", repr(implementation))
+    return implementation, result_dtype
 
 
 # The rules: static arguments first; each backward is made of the other two products, so that it can be

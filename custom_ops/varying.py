@@ -1,7 +1,11 @@
 """What hand-written loops and gradients have to tell the type checker of `shard_map` (check_vma)."""
 
+from collections.abc import Sequence
+
 import jax
+import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 
 def varying_axes(*arrays: jax.Array) -> frozenset[str]:
@@ -28,6 +32,15 @@ def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 def vary_like(array: jax.Array, *examples: jax.Array) -> jax.Array:
     """Mark one array, say a loop's initial zeros, as varying over the axes of the examples too."""
     return _cast(array, varying_axes(*examples))
+
+
+def result_like(shape: Sequence[int], dtype: DTypeLike, *examples: jax.Array) -> jax.ShapeDtypeStruct:
+    """A kernel's result, declared as varying over the axes of the examples, as its caller has to."""
+    axes = varying_axes(*examples)
+    if not axes:
+        return jax.ShapeDtypeStruct(shape, dtype)
+    # Which argument says so differs between versions of jax; an array that varies has it in its type.
+    return jax.eval_shape(lambda: lax.pcast(jnp.zeros(shape, dtype), tuple(sorted(axes)), to="varying"))
 
 
 def _cast(array: jax.Array, axes: frozenset[str]) -> jax.Array:

@@ -35,7 +35,7 @@ def findings() -> Iterator[tuple[str, str, bool]]:
     yield "machine", f"{platform.system()} {platform.machine()}, {_cores()} cores, {_memory()}", True
     yield "cluster", cluster(), True
     yield from _devices()
-    yield "grouped matmul", *_grouped_matmul()
+    yield from _grouped_matmul()
     yield from _collectives()
 
 
@@ -80,23 +80,33 @@ def _devices() -> Iterator[tuple[str, str, bool]]:
         yield f"device {device.id}", f"{device.device_kind}{memory}", True
 
 
-def _grouped_matmul() -> tuple[str, bool]:
-    """The implementation that this platform gets, tried on three groups of which one is empty."""
+def _grouped_matmul() -> Iterator[tuple[str, str, bool]]:
+    """The implementation that each precision gets here and why, tried on three groups of which one is empty."""
     import jax.numpy as jnp
     import numpy as np
 
     try:
         from custom_ops.grouped_matmul import default_implementation, grouped_matmul
     except ImportError as error:  # a native library that does not load
-        return str(error), False
-    rows_ND = np.arange(12, dtype=np.float32).reshape(4, 3)
-    w_EDF = np.arange(18, dtype=np.float32).reshape(3, 3, 2)
+        yield "grouped matmul", str(error), False
+        return
+    N, D, F, E = 4, 128, 128, 3
+    # Sums of at most D ones: exact in every type, in any order of summation.
+    rows_ND = np.arange(N * D).reshape(N, D) % 7 % 2
+    w_EDF = np.arange(E * D * F).reshape(E, D, F) % 5 % 2
     sizes_E = np.array([3, 0, 1], np.int32)
-    answer_NF = grouped_matmul(jnp.asarray(rows_ND), jnp.asarray(w_EDF), jnp.asarray(sizes_E))
     expected_NF = np.concatenate([rows_ND[:3] @ w_EDF[0], rows_ND[3:] @ w_EDF[2]])
-    # Small whole numbers: exact in f32, in any order of summation.
-    is_right = np.array_equal(answer_NF, expected_NF)
-    return f"{default_implementation()}{'' if is_right else ' gives a wrong answer'}", is_right
+    for precision, dtype in (("bf16", jnp.bfloat16), ("f32", jnp.float32)):
+        answer_NF = grouped_matmul(
+            jnp.asarray(rows_ND, dtype), jnp.asarray(w_EDF, dtype), jnp.asarray(sizes_E)
+        )
+        is_right = np.array_equal(np.asarray(answer_NF, np.float32), expected_NF)
+        name, reason = default_implementation(dtype, D, F, E)
+        yield (
+            f"grouped matmul {precision}",
+            f"{name} ({reason}){'' if is_right else ' gives a wrong answer'}",
+            is_right,
+        )
 
 
 def _collectives() -> Iterator[tuple[str, str, bool]]:

@@ -10,13 +10,13 @@ from train import doctor
 
 def grouped_matmul(rows_ND, w_EDF, group_sizes_E):
     expert_N = np.repeat(np.arange(len(group_sizes_E)), group_sizes_E)
-    return np.einsum("nd,ndf->nf", rows_ND, w_EDF[expert_N])
+    return np.einsum("nd,ndf->nf", np.float32(rows_ND), np.float32(w_EDF)[expert_N])
 
 
 @pytest.fixture
 def ops(monkeypatch):
     module = types.SimpleNamespace(
-        grouped_matmul=grouped_matmul, default_implementation=lambda: "windows (cpu)"
+        grouped_matmul=grouped_matmul, default_implementation=lambda *_: ("windows", "the platform is cpu")
     )
     monkeypatch.setitem(sys.modules, "custom_ops.grouped_matmul", module)
     return module
@@ -28,7 +28,7 @@ def test_doctor_says_what_it_found(capsys, ops):
     found = {line[:22].strip(): line[22:] for line in lines}
     assert found["jax"] == jax.__version__
     assert found["platform"] == "cpu, 8 devices"
-    assert found["grouped matmul"] == "windows (cpu)"
+    assert found["grouped matmul bf16"] == found["grouped matmul f32"] == "windows (the platform is cpu)"
     assert {"device 0", "device 7", "machine", "cluster", "flax", "psum", "all_to_all"} <= set(found)
     assert " ms" in found["psum"] and " ms" in found["all_to_all"]
 
@@ -36,7 +36,8 @@ def test_doctor_says_what_it_found(capsys, ops):
 def test_doctor_notices_a_wrong_grouped_matmul(capsys, ops):
     ops.grouped_matmul = lambda *arguments: grouped_matmul(*arguments) + 1
     assert doctor.doctor() is False
-    assert "grouped matmul        FAILED: windows (cpu) gives a wrong answer" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "grouped matmul bf16   FAILED: windows (the platform is cpu) gives a wrong answer" in output
 
 
 @pytest.mark.parametrize("name", ["psum", "all_to_all"])

@@ -1,0 +1,98 @@
+"""Grouped matrix products by jax's own Mosaic kernels, for Hopper GPUs, 16-bit types and aligned widths.
+
+Shapes: N rows, E groups, D and F widths.
+
+The kernels use what only Hopper has (warpgroup products fed by the tensor memory accelerator). They leave the tail
+unwritten, and for the weights' gradient they read whole blocks of rows and cancel those of neighbours by a product
+with 0. So tails are written as 0 and read as 0 here. What is not mended is a NaN in a row of a group: it reaches the
+weights' gradient of the groups that share a block of rows with it, not only that of its own.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from custom_ops.checks import require
+from custom_ops.grouped_matmul_triton import zero_tail
+from custom_ops.target import target
+from custom_ops.varying import vary_like
+
+# Widths must be multiples of it: a block of a sum is 64 wide, a tile of the weights' gradient 128 by 128.
+ALIGNMENT = 128
+_TILES: dict[str, Any] = {"block_m": 128, "block_n": 128, "block_k": 64, "max_concurrent_steps": 4}
+# Tiles of columns that follow each other before the next tile of rows: their rows stay in the cache.
+_COLUMNS_TOGETHER = 8
+# The kernels' search for a tile's group is unrolled, for every tile.
+MAX_GROUPS = 256
+
+
+def forward(rows_ND, w_EDF, sizes_E, dtype: DTypeLike) -> jax.Array:
+    """out_NF = rows_ND @ w_EDF[group of row]."""
+    return _rowwise(rows_ND, w_EDF, sizes_E, dtype, transpose=False)
+
+
+def dlhs(dout_NF, w_EDF, sizes_E, dtype: DTypeLike) -> jax.Array:
+    """drows_ND = dout_NF @ w_EDF[group of row] transposed, without ever transposing w in memory."""
+    return _rowwise(dout_NF, w_EDF, sizes_E, dtype, transpose=True)
+
+
+def _rowwise(lhs, w_EDF, sizes_E, dtype, *, transpose: bool) -> jax.Array:
+    from jax.experimental.pallas.ops.gpu.ragged_dot_mgpu import ragged_dot
+
+    E, D, F = w_EDF.shape
+    _require_fit(lhs.dtype, D, F, E, dtype)
+    sizes_E = _cut_off(sizes_E, lhs.shape[0])
+    out = ragged_dot(
+        lhs,
+        w_EDF,
+        group_sizes=sizes_E,
+        transpose_rhs=transpose,
+        grid_block_n=min(_COLUMNS_TOGETHER, (D if transpose else F) // _TILES["block_n"]),
+        **_TILES,
+    )
+    return zero_tail(vary_like(out, lhs, w_EDF, sizes_E), sizes_E)
+
+
+def drhs(rows_ND, dout_NF, sizes_E, dtype: DTypeLike) -> jax.Array:
+    """dw_EDF[e] = rows_ND[group e] transposed @ dout_NF[group e]."""
+    from jax.experimental.pallas.ops.gpu.transposed_ragged_dot_mgpu import transposed_ragged_dot
+
+    (N, D), F, E = rows_ND.shape, dout_NF.shape[1], sizes_E.shape[0]
+    _require_fit(rows_ND.dtype, D, F, E, dtype)
+    sizes_E = _cut_off(sizes_E, N)
+    dw_EDF = transposed_ragged_dot(
+        zero_tail(rows_ND, sizes_E),
+        zero_tail(dout_NF, sizes_E),
+        group_sizes=sizes_E,
+        grid_block_n=min(_COLUMNS_TOGETHER, F // _TILES["block_n"]),
+        **_TILES,
+    )
+    return vary_like(dw_EDF, rows_ND, dout_NF, sizes_E)
+
+
+def misfit(dtype: DTypeLike, D: int, F: int, E: int, result_dtype: DTypeLike | None = None) -> str | None:
+    """Why these kernels cannot form a product for the target, None if they can."""
+    dtype = jnp.dtype(dtype)
+    if not target().is_hopper:
+        return f"{target().kind} is no Hopper GPU"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"{dtype} is not a 16-bit type"
+    if result_dtype is not None and jnp.dtype(result_dtype) != dtype:
+        return f"the result is {jnp.dtype(result_dtype)}, the operands are {dtype}"
+    if D % ALIGNMENT or F % ALIGNMENT:
+        return f"widths {D} and {F} are not multiples of {ALIGNMENT}"
+    if E > MAX_GROUPS:
+        return f"{E} groups are more than {MAX_GROUPS}"
+    return None
+
+
+def _require_fit(dtype, D: int, F: int, E: int, result_dtype) -> None:
+    reason = misfit(dtype, D, F, E, result_dtype)
+    require(reason is None, "implementation", "one that can form this product", f"'mosaic', but {reason}")
+
+
+def _cut_off(sizes_E: jax.Array, N: int) -> jax.Array:
+    ends_E = jnp.minimum(jnp.cumsum(sizes_E, dtype=jnp.int32), N)
+    return jnp.diff(ends_E, prepend=jnp.int32(0))
