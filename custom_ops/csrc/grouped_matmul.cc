@@ -9,8 +9,10 @@
 namespace moejax {
 namespace {
 
-// Rows and columns of C that one task computes: enough to pay for packing its part of B, few enough to share out.
+// Rows and columns of C that one task computes, at most: enough to pay for packing its part of B, few enough to share
+// out. Rows are cut evenly, in multiples of a tile's.
 constexpr int64_t kTaskRows = 480;
+constexpr int64_t kTileRows = 12;
 constexpr int64_t kTaskCols = 256;
 
 // Group e owns the rows bounds[e] .. bounds[e + 1] - 1; what exceeds N is cut off.
@@ -25,10 +27,12 @@ std::vector<int64_t> group_bounds(const int32_t* sizes, int64_t num_groups, int6
 // Cuts a product into tasks, column blocks of the same rows next to each other.
 template <typename T>
 void add_tasks(std::vector<Product<T>>& tasks, const Product<T>& whole) {
-  for (int64_t row = 0; row < whole.rows; row += kTaskRows) {
+  const int64_t parts = std::max<int64_t>(1, (whole.rows + kTaskRows - 1) / kTaskRows);
+  const int64_t step = ((whole.rows + parts - 1) / parts + kTileRows - 1) / kTileRows * kTileRows;
+  for (int64_t row = 0; row < whole.rows; row += step) {
     for (int64_t col = 0; col < whole.cols; col += kTaskCols) {
       Product<T> part = whole;
-      part.rows = std::min(kTaskRows, whole.rows - row);
+      part.rows = std::min(step, whole.rows - row);
       part.cols = std::min(kTaskCols, whole.cols - col);
       part.a += row * whole.a_row;
       part.b += col * whole.b_col;

@@ -147,7 +147,7 @@ void tile_row(const T* a, int64_t a_row, int64_t depth, const T* packed, int64_t
   }
 }
 
-// Rows [0, MR) with A as it lies (a_depth == 1) or packed first.
+// MR rows of C, with A as it lies (a_depth == 1), or (a_row == 1) packed first.
 template <typename T, int MR>
 void rows_of_tiles(const Product<T>& p, int64_t row, int64_t k, int64_t depth, const T* packed, int64_t col,
                    int64_t cols) {
@@ -157,9 +157,7 @@ void rows_of_tiles(const Product<T>& p, int64_t row, int64_t k, int64_t depth, c
     tile_row<T, MR, true>(a, p.a_row, depth, packed, cols, c, p.c_row, k > 0);
   } else {
     T* lines = buffers<T>().a;
-    for (int64_t i = 0; i < depth; ++i) {
-      for (int r = 0; r < MR; ++r) lines[i * MR + r] = a[i * p.a_depth + r * p.a_row];
-    }
+    for (int64_t i = 0; i < depth; ++i) std::memcpy(lines + i * MR, a + i * p.a_depth, MR * sizeof(T));
     tile_row<T, MR, false>(lines, 0, depth, packed, cols, c, p.c_row, k > 0);
   }
 }
