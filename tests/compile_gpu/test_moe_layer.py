@@ -52,14 +52,19 @@ def layer_on(h200s):
 
 
 # Grouped products: 2 forward, and of each the gradients of both operands. Tails: one behind each row-wise product,
-# two before each gradient of weights.
-KERNELS = {"mosaic_gpu_v2": 6, "zero_tail_kernel": 8}
+# two before each gradient of weights. Rows of tokens go out and in once per level and direction, and once more in
+# backward, which keeps no copies of them.
+GROUPED = {"mosaic_gpu_v2": 6, "zero_tail_kernel": 8}
+MOVES = {
+    1: {"moejax_make_plan": 1, "moejax_permute": 3, "moejax_unpermute": 2},
+    8: {"moejax_make_plan": 2, "moejax_permute": 6, "moejax_unpermute": 5},
+}
 
 
 @pytest.mark.parametrize("count", [1, 8])
 def test_experts_are_kernels_and_nothing_else_is_multiplied(layer_on, count):
     program = layer_on(count)
-    assert program.custom_calls == KERNELS
+    assert program.custom_calls == GROUPED | MOVES[count]
     # The router's product, and the gradients of its two operands: no dense fallback, not of one expert.
     assert program.dot_flops == [ROUTER_FLOPS] * 3
 
