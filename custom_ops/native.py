@@ -1,7 +1,7 @@
-"""The compiled library under the ops: finding it, registering its handlers, calling them.
+"""The compiled libraries under the ops, for CPU and for CUDA: finding them, registering their handlers, calling them.
 
-The library is built with the package from `csrc/` (CMakeLists.txt). Where it is missing (no compiler at installation)
-every op falls back to plain XLA, with one warning; `moejax doctor` says so too.
+They are built with the package from `csrc/` (CMakeLists.txt). Where the one that a program needs is missing (no
+compiler at installation) every op falls back to plain XLA, with one warning; `moejax doctor` says so too.
 """
 
 from __future__ import annotations
@@ -20,18 +20,55 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from custom_ops.target import target
 from custom_ops.varying import vary_like
 
-_HANDLERS = (
-    "moejax_make_plan",
-    "moejax_permute",
-    "moejax_unpermute",
-    "moejax_unpermute_backward",
-    "moejax_grouped_matmul",
-    "moejax_grouped_matmul_drhs",
-    "moejax_swiglu",
-    "moejax_swiglu_backward",
+# File, handlers, and the platform that jax knows them for.
+_CPU = (
+    "libmoejax_cpu.so",
+    (
+        "moejax_make_plan",
+        "moejax_permute",
+        "moejax_unpermute",
+        "moejax_unpermute_backward",
+        "moejax_grouped_matmul",
+        "moejax_grouped_matmul_drhs",
+        "moejax_swiglu",
+        "moejax_swiglu_backward",
+    ),
+    "cpu",
 )
+# Of the same names and attributes; what Pallas kernels do on GPUs is not among them.
+_CUDA = (
+    "libmoejax_cuda.so",
+    ("moejax_make_plan", "moejax_permute", "moejax_unpermute", "moejax_unpermute_backward"),
+    "CUDA",
+)
+
+
+@functools.cache
+def _load(file: str, handlers: tuple[str, ...], platform: str) -> ctypes.CDLL | None:
+    # An editable installation has the sources in one folder and what was built in another.
+    import custom_ops
+
+    for folder in custom_ops.__path__:
+        path = pathlib.Path(folder) / file
+        if path.exists():
+            library = ctypes.CDLL(str(path))
+            for name in handlers:
+                capsule = jax.ffi.pycapsule(getattr(library, name))
+                jax.ffi.register_ffi_target(name, capsule, platform=platform)
+            return library
+    return None
+
+
+@functools.cache
+def _warn_once(kind: str, compiler: str) -> None:
+    warnings.warn(
+        f"moejax was installed without its native {kind} ops (no {compiler} was found): plain XLA takes their place,"
+        " slower; install a compiler and moejax again",
+        stacklevel=2,
+    )
 
 
 _enabled = contextvars.ContextVar("moejax_native_ops", default=True)
@@ -49,27 +86,21 @@ def disabled() -> Iterator[None]:
 
 def cpu_library() -> ctypes.CDLL | None:
     """The loaded library with its handlers registered; None where it was not built (with a warning) or is disabled."""
-    return _load() if _enabled.get() else None
+    return _library("CPU", _CPU, "C++ compiler") if _enabled.get() else None
 
 
-@functools.cache
-def _load() -> ctypes.CDLL | None:
-    # An editable installation has the sources in one folder and what was built in another.
-    import custom_ops
+def cuda_library() -> ctypes.CDLL | None:
+    """As `cpu_library`; the warning comes only where it is a GPU that a program is traced for."""
+    if not _enabled.get():
+        return None
+    return _library("CUDA", _CUDA, "nvcc") if target().platform == "gpu" else _load(*_CUDA)
 
-    for folder in custom_ops.__path__:
-        path = pathlib.Path(folder) / "libmoejax_cpu.so"
-        if path.exists():
-            library = ctypes.CDLL(str(path))
-            for name in _HANDLERS:
-                jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
-            return library
-    warnings.warn(
-        "moejax was installed without its native CPU ops (no C++ compiler was found): plain XLA takes their place,"
-        " slower; install a compiler and moejax again",
-        stacklevel=2,
-    )
-    return None
+
+def _library(kind: str, which: tuple[str, tuple[str, ...], str], compiler: str) -> ctypes.CDLL | None:
+    library = _load(*which)
+    if library is None:
+        _warn_once(kind, compiler)
+    return library
 
 
 def describe() -> str:
@@ -86,9 +117,15 @@ def supports(dtype: DTypeLike) -> bool:
     return jnp.dtype(dtype) in (jnp.float32, jnp.float64) and cpu_library() is not None
 
 
+def supports_on_cuda(dtype: DTypeLike) -> bool:
+    """Whether the CUDA library computes in this dtype; it moves every dtype."""
+    return jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
+
+
 def call(name: str, results: Any, *operands: jax.Array, **attributes: Any) -> Any:
-    """Call a handler of the library; `results` as in `jax.ffi.ffi_call`."""
-    _load()  # registers the handlers, once
+    """Call a handler of a library; `results` as in `jax.ffi.ffi_call`."""
+    for library in (_CPU, _CUDA):
+        _load(*library)  # registers the handlers, once
     outputs = jax.ffi.ffi_call(name, results, vmap_method="sequential")(*operands, **attributes)
     # A foreign call's results do not know over which mesh axes they vary.
     return jax.tree.map(lambda output: vary_like(output, *operands), outputs)
@@ -97,3 +134,24 @@ def call(name: str, results: Any, *operands: jax.Array, **attributes: Any) -> An
 def on_cpu(native: Callable[..., Any], otherwise: Callable[..., Any], operands: Sequence[Any]) -> Any:
     """`native(*operands)` in programs compiled for CPU, `otherwise(*operands)` in all others."""
     return lax.platform_dependent(*operands, cpu=native, default=otherwise)
+
+
+def by_platform(
+    operands: Sequence[Any],
+    *,
+    cpu: Callable[..., Any] | None,
+    cuda: Callable[..., Any] | None,
+    otherwise: Callable[..., Any],
+) -> Any:
+    """Of three functions of the operands the one for the platform that the program is compiled for.
+
+    Args:
+      cpu: None where the CPU library is missing or cannot do this.
+      cuda: None where the CUDA library cannot do this; left out where it is missing.
+    """
+    branches = {} if cpu is None else {"cpu": cpu}
+    if cuda is not None and cuda_library() is not None:
+        branches["cuda"] = cuda
+    return (
+        lax.platform_dependent(*operands, **branches, default=otherwise) if branches else otherwise(*operands)
+    )

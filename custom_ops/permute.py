@@ -69,55 +69,65 @@ def _vary_alike(payload, weights_TK, plan: DispatchPlan):
     return jax.tree.unflatten(treedef, vary_alike(*leaves))
 
 
-# The moves: by the compiled library on CPU, elsewhere as gathers of XLA
+# The moves: by the compiled libraries on CPU and CUDA, elsewhere as gathers of XLA
 
 
 def _move_tokens(x_TD, plan: DispatchPlan, weights_TK=None):
     """Each token's row to its places, times the weights if there are any."""
-    if not native.supports(x_TD.dtype if weights_TK is not None else jnp.float32):
-        return _gather_tokens(x_TD, plan, weights_TK)
 
     def library(x_TD, plan, weights_TK):
         rows = jax.ShapeDtypeStruct((plan.choice_N.shape[0], x_TD.shape[1]), x_TD.dtype)
         weights = _or_none(weights_TK, x_TD.dtype)
         return native.call("moejax_permute", rows, x_TD, plan.position_TK, plan.choice_N, weights)
 
-    return native.on_cpu(library, _gather_tokens, (x_TD, plan, weights_TK))
+    return native.by_platform(
+        (x_TD, plan, weights_TK),
+        cpu=library if native.supports(jnp.float32 if weights_TK is None else x_TD.dtype) else None,
+        cuda=library if weights_TK is None or native.supports_on_cuda(x_TD.dtype) else None,
+        otherwise=_gather_tokens,
+    )
 
 
 def _sum_rows(rows_ND, plan: DispatchPlan, weights_TK=None):
     """The sum of each token's rows, times the weights if there are any."""
-    if not native.supports(rows_ND.dtype):
-        return _gather_sum(rows_ND, plan, weights_TK)
 
     def library(rows_ND, plan, weights_TK):
         y = jax.ShapeDtypeStruct((plan.position_TK.shape[0], rows_ND.shape[1]), rows_ND.dtype)
         weights = _or_none(weights_TK, rows_ND.dtype)
         return native.call("moejax_unpermute", y, rows_ND, plan.position_TK, weights)
 
-    return native.on_cpu(library, _gather_sum, (rows_ND, plan, weights_TK))
+    return native.by_platform(
+        (rows_ND, plan, weights_TK),
+        cpu=library if native.supports(rows_ND.dtype) else None,
+        cuda=library if native.supports_on_cuda(rows_ND.dtype) else None,
+        otherwise=_gather_sum,
+    )
 
 
 def _move_and_dot(rows_ND, dy_TD, weights_TK, plan: DispatchPlan):
     """Both gradients of a weighted sum of rows in one pass: drows_ND, and <row, dy> for every choice."""
-    if not native.supports(rows_ND.dtype):
-        return _gather_and_dot(rows_ND, dy_TD, weights_TK, plan)
 
     def library(rows_ND, dy_TD, weights_TK, plan):
+        weights = _or_none(weights_TK, rows_ND.dtype)
         results = (
             jax.ShapeDtypeStruct(rows_ND.shape, rows_ND.dtype),
-            jax.ShapeDtypeStruct(weights_TK.shape, rows_ND.dtype),
+            jax.ShapeDtypeStruct(weights.shape, weights.dtype),
         )
-        operands = (rows_ND, dy_TD, plan.position_TK, plan.choice_N, weights_TK.astype(rows_ND.dtype))
+        operands = (rows_ND, dy_TD, plan.position_TK, plan.choice_N, weights)
         drows_ND, dots_TK = native.call("moejax_unpermute_backward", results, *operands)
         return drows_ND, dots_TK.astype(weights_TK.dtype)
 
-    return native.on_cpu(library, _gather_and_dot, (rows_ND, dy_TD, weights_TK, plan))
+    return native.by_platform(
+        (rows_ND, dy_TD, weights_TK, plan),
+        cpu=library if native.supports(rows_ND.dtype) else None,
+        cuda=library if native.supports_on_cuda(rows_ND.dtype) else None,
+        otherwise=_gather_and_dot,
+    )
 
 
 def _or_none(weights_TK, dtype) -> jax.Array:
-    """The weights as the library takes them: no elements for none."""
-    return jnp.zeros((0, 0), dtype) if weights_TK is None else weights_TK.astype(dtype)
+    """The weights as the libraries take them, in what products are formed in: no elements for none."""
+    return jnp.zeros((0, 0), _wide(dtype)) if weights_TK is None else weights_TK.astype(_wide(dtype))
 
 
 def _wide(dtype) -> jnp.dtype:

@@ -19,6 +19,10 @@ from custom_ops.varying import vary_like
 _COUNTING_MAX_DESTINATIONS = 32
 # Lanes are counted side by side, so that the scan has about this many steps however many choices there are.
 _COUNTING_STEPS = 128
+# A warp per chunk, about as many as a large GPU runs at once; every chunk counts every destination, up to 4 MiB.
+_CUDA_MAX_CHUNKS = 2048
+_CUDA_MAX_COUNTERS = 2**20
+_CUDA_MAX_DESTINATIONS = 4096
 
 
 @jax.tree_util.register_dataclass
@@ -84,13 +88,26 @@ def make_plan(
     if M == 0:
         return _empty_plan(dest_TK, P, N)
     by_xla = functools.partial(_plan_by_xla, P=P, bucket_rows=bucket_rows, unique=unique)
-    if native.cpu_library() is None:
-        return by_xla(dest_TK)
     library = functools.partial(_plan_by_library, P=P, N=N, bucket_rows=bucket_rows, unique=unique)
-    return native.on_cpu(library, by_xla, (dest_TK,))
+    return native.by_platform(
+        (dest_TK,),
+        cpu=None if native.cpu_library() is None else library,
+        cuda=functools.partial(library, workspace=_cuda_workspace(M, P))
+        if P <= _CUDA_MAX_DESTINATIONS
+        else by_xla,
+        otherwise=by_xla,
+    )
 
 
-def _plan_by_library(dest_TK, *, P: int, N: int, bucket_rows: int | None, unique: bool) -> DispatchPlan:
+def _cuda_workspace(M: int, P: int) -> int:
+    """Numbers that the CUDA kernels write to count M choices in chunks, side by side; see csrc/plan.cu."""
+    chunks = max(1, min(-(-M // 128), _CUDA_MAX_CHUNKS, _CUDA_MAX_COUNTERS // P))
+    return P * chunks + P + chunks
+
+
+def _plan_by_library(
+    dest_TK, *, P: int, N: int, bucket_rows: int | None, unique: bool, workspace: int | None = None
+) -> DispatchPlan:
     results = [
         jax.ShapeDtypeStruct(dest_TK.shape, jnp.int32),
         jax.ShapeDtypeStruct((N,), jnp.int32),
@@ -98,8 +115,10 @@ def _plan_by_library(dest_TK, *, P: int, N: int, bucket_rows: int | None, unique
         jax.ShapeDtypeStruct(dest_TK.shape, jnp.bool_),
         jax.ShapeDtypeStruct((), jnp.int32),
     ]
+    if workspace is not None:
+        results.append(jax.ShapeDtypeStruct((workspace,), jnp.int32))
     attributes = {"bucket_rows": np.int64(-1 if bucket_rows is None else bucket_rows), "unique": unique}
-    position_TK, choice_N, sizes_P, served_TK, num_invalid = native.call(
+    position_TK, choice_N, sizes_P, served_TK, num_invalid, *_ = native.call(
         "moejax_make_plan", results, dest_TK, **attributes
     )
     return DispatchPlan(position_TK, choice_N, sizes_P, served_TK, num_invalid, dest_TK.shape[1])

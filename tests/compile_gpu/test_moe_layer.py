@@ -52,14 +52,19 @@ def layer_on(h200s):
 
 
 # Grouped products: 2 forward, and of each the gradients of both operands. Tails: one behind each row-wise product,
-# two before each gradient of weights.
-KERNELS = {"mosaic_gpu_v2": 6, "zero_tail_kernel": 8}
+# two before each gradient of weights. Every level moves rows out and in, forward and backward; a wire level also its
+# small message. (In a program of one layer XLA shares the experts' input rows between forward and backward.)
+GROUPED = {"mosaic_gpu_v2": 6, "zero_tail_kernel": 8}
+MOVES = {
+    1: {"moejax_make_plan": 1, "moejax_permute": 2, "moejax_unpermute": 2},
+    8: {"moejax_make_plan": 2, "moejax_permute": 5, "moejax_unpermute": 5},
+}
 
 
 @pytest.mark.parametrize("count", [1, 8])
 def test_experts_are_kernels_and_nothing_else_is_multiplied(layer_on, count):
     program = layer_on(count)
-    assert program.custom_calls == KERNELS
+    assert program.custom_calls == GROUPED | MOVES[count]
     # The router's product, and the gradients of its two operands: no dense fallback, not of one expert.
     assert program.dot_flops == [ROUTER_FLOPS] * 3
 

@@ -28,6 +28,7 @@ class Case(NamedTuple):
     make_config: Callable[[], TrainConfig]
     vocabulary: int
     devices: int
+    moves: dict[str, int]
 
 
 def scaled() -> TrainConfig:
@@ -46,9 +47,11 @@ def scaled() -> TrainConfig:
 
 
 CASES = {
-    "scaled on 1": Case(scaled, 256, 1),
+    "scaled on 1": Case(scaled, 256, 1, {"moejax_make_plan": 2, "moejax_permute": 3, "moejax_unpermute": 2}),
     # The vocabulary is that of the model which the config follows.
-    "moe_1b_64x on 8": Case(moe_1b_64x.config, 50304, 8),
+    "moe_1b_64x on 8": Case(
+        moe_1b_64x.config, 50304, 8, {"moejax_make_plan": 4, "moejax_permute": 8, "moejax_unpermute": 5}
+    ),
 }
 
 
@@ -58,7 +61,7 @@ def compiled(h200s):
 
     @functools.cache
     def compile_case(case: str) -> tuple[TrainConfig, Program]:
-        make_config, vocabulary, count = CASES[case]
+        make_config, vocabulary, count, _ = CASES[case]
         run, devices = make_config(), h200s(count)
         spec = ModelSpec.from_config(run, vocabulary)
         optimizer = make_optimizer(run.optimizer, run.steps, spec)
@@ -84,8 +87,8 @@ def compiled(h200s):
 def test_experts_are_kernels(compiled, case):
     """Layers are a scan, so each kernel stands in the program once per pass, however many layers there are."""
     run, program = compiled(case)
-    # Backward computes the first grouped product again: kept are matrix products of XLA's, not kernels.
-    assert program.custom_calls == {"mosaic_gpu_v2": 7, "zero_tail_kernel": 9}
+    # Backward computes plans and the first grouped product again: of all products it keeps only those of XLA's own.
+    assert program.custom_calls == {"mosaic_gpu_v2": 7, "zero_tail_kernel": 9} | CASES[case].moves
     tokens = run.data.batch_size * run.data.sequence_length // run.optimizer.accumulation_steps
     model = run.model
     # The largest are those of the logits, in chunks, and of attention, traced for the whole batch; a dense fallback

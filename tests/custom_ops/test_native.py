@@ -130,6 +130,7 @@ def test_without_the_library_there_is_a_warning_and_the_same_result(monkeypatch)
     x, dest = draw(0, 6, 4), jnp.asarray([[0, 1], [1, 1], [2, 0], [0, 0], [-1, 2], [1, 0]], jnp.int32)
     with_library = permute(x, make_plan(dest, 3))
     native._load.cache_clear()
+    native._warn_once.cache_clear()
     monkeypatch.setattr("custom_ops.__path__", [])
     try:
         with pytest.warns(UserWarning, match="without its native CPU ops"):
