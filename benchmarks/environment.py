@@ -1,14 +1,33 @@
-"""What a result must say about where it was measured."""
+"""How things are timed, and what a result must say about where it was measured."""
 
+import collections
 import datetime
 import importlib.metadata
 import os
 import pathlib
 import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
+ROUNDS = 12
 RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+def milliseconds(calls: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, float]:
+    """Median time of each call, taken in turn."""
+    times = collections.defaultdict(list)
+    for call in calls.values():
+        jax.block_until_ready(call())
+    for _ in range(rounds):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            jax.block_until_ready(call())
+            times[name].append(1e3 * (time.perf_counter() - began))
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def describe() -> str:

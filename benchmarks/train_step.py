@@ -14,10 +14,7 @@ import glob
 import gzip
 import json
 import re
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,14 +23,13 @@ import numpy as np
 
 import moejax
 from benchmarks import environment
+from benchmarks.environment import milliseconds
 from benchmarks.moe_vs_dense import VOCAB, active_parameters, dense_twin
 from configs import quickstart
 from train.config import TrainConfig
 from train.model import ModelSpec
 from train.program import make_program
 from train.step import make_loss
-
-ROUNDS = 12
 
 
 class Compiled:
@@ -59,19 +55,6 @@ class Compiled:
         """One step; its state goes into the next, as in training."""
         self.state, metrics = self.program(self.state, self.batch)
         return metrics
-
-
-def milliseconds(calls: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, float]:
-    """Median time of each call, taken in turn."""
-    times = collections.defaultdict(list)
-    for call in calls.values():
-        jax.block_until_ready(call())
-    for _ in range(rounds):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            jax.block_until_ready(call())
-            times[name].append(1e3 * (time.perf_counter() - began))
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def time_by_kind(compiled: Compiled) -> dict[str, float]:
