@@ -104,12 +104,19 @@ def _library(kind: str, which: tuple[str, tuple[str, ...], str], compiler: str) 
 
 
 def describe() -> str:
-    """One line on what was built and found, for people."""
+    """One line on the CPU library, for people."""
     library = cpu_library()
     if library is None:
         return "not built: no C++ compiler was found when moejax was installed"
     library.moejax_instruction_set.restype = ctypes.c_char_p
     return f"built, uses {library.moejax_instruction_set().decode()}"
+
+
+def describe_cuda() -> str:
+    """One line on the CUDA library, for people."""
+    if cuda_library() is None:
+        return "not built: no nvcc was found when moejax was installed"
+    return "built, for compute capability 8.0 and up"
 
 
 def supports(dtype: DTypeLike) -> bool:

@@ -35,6 +35,7 @@ def findings() -> Iterator[tuple[str, str, bool]]:
     yield "machine", f"{platform.system()} {platform.machine()}, {_cores()} cores, {_memory()}", True
     yield "cluster", cluster(), True
     yield from _devices()
+    yield from _native_ops()
     yield from _grouped_matmul()
     yield from _collectives()
 
@@ -78,6 +79,14 @@ def _devices() -> Iterator[tuple[str, str, bool]]:
         limit = statistics.get("bytes_limit")
         memory = f", {_gibibytes(limit)}" if limit else ""
         yield f"device {device.id}", f"{device.device_kind}{memory}", True
+
+
+def _native_ops() -> Iterator[tuple[str, str, bool]]:
+    """What was compiled when moejax was installed; without it plain XLA takes its place, slower."""
+    from custom_ops import native
+
+    yield "native ops, CPU", native.describe(), True
+    yield "native ops, CUDA", native.describe_cuda(), True
 
 
 def _grouped_matmul() -> Iterator[tuple[str, str, bool]]:

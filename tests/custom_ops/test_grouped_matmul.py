@@ -173,7 +173,9 @@ class GroupedMatmulConformance:
     @pytest.mark.parametrize("check_vma, shared_w", [(True, False), (True, True), (False, False)])
     def test_inside_shard_map(self, check_vma, shared_w):
         """Four devices with different group sizes; a w that all of them share gets the sum of gradients."""
-        if check_vma and self.implementation == "triton":
+        if jax.device_count() < 4:
+            pytest.skip("needs four devices")
+        if check_vma and self.implementation == "triton" and jax.default_backend() == "cpu":
             pytest.skip(
                 "Pallas's interpreter fails the check; tests/compile_gpu compiles the kernel under it"
             )

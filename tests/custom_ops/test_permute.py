@@ -179,6 +179,8 @@ class PermuteConformance:
     @pytest.mark.parametrize("check_vma", [True, False])
     def test_inside_shard_map(self, check_vma):
         """Four devices, each with a plan of its own; the same as four separate calls."""
+        if jax.device_count() < 4:
+            pytest.skip("needs four devices")
         mesh = jax.make_mesh((4,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
         draw = np.random.default_rng(9)
         dest = jnp.asarray(draw.integers(-1, 3, (4 * 6, 2)), jnp.int32)

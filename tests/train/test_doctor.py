@@ -29,6 +29,8 @@ def test_doctor_says_what_it_found(capsys, ops):
     assert found["jax"] == jax.__version__
     assert found["platform"] == "cpu, 8 devices"
     assert found["grouped matmul bf16"] == found["grouped matmul f32"] == "windows (the platform is cpu)"
+    assert found["native ops, CPU"].startswith("built, uses ")
+    assert found["native ops, CUDA"].startswith(("built, for ", "not built: "))
     assert {"device 0", "device 7", "machine", "cluster", "flax", "psum", "all_to_all"} <= set(found)
     assert " ms" in found["psum"] and " ms" in found["all_to_all"]
 

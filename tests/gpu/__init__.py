@@ -1,0 +1,4 @@
+"""The ops' conformance classes on a real GPU.
+
+JAX_PLATFORMS=cuda python -m pytest -m gpu tests/gpu
+"""

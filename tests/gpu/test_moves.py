@@ -1,0 +1,93 @@
+"""plan, permute, unpermute and its fused backward: the CUDA kernels against the specification."""
+
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import custom_ops
+from custom_ops import make_plan, native, permute, reference
+from tests.custom_ops.test_permute import PermuteConformance
+from tests.custom_ops.test_plan import CASES, assert_same_plan
+from tests.gpu import every_move
+from tests.tolerance import F32, assert_close
+
+pytestmark = pytest.mark.gpu
+
+
+def test_the_library_is_there():
+    assert native.cuda_library() is not None
+
+
+class TestPermute(PermuteConformance):
+    ops = custom_ops
+
+
+@pytest.mark.parametrize("unique", [False, True], ids=["each", "unique"])
+@pytest.mark.parametrize("bucket_rows", [None, 2, 9])
+@pytest.mark.parametrize("case", CASES)
+def test_plan(case, bucket_rows, unique):
+    dest = jnp.asarray(CASES[case], jnp.int32)
+    expected = reference.make_plan(dest, 4, bucket_rows, unique=unique)
+    assert_same_plan(make_plan(dest, 4, bucket_rows, unique=unique), expected)
+
+
+@pytest.mark.parametrize("T, K, P", [(32768, 8, 128), (100_003, 3, 4096), (1 << 20, 16, 64), (70_001, 1, 1)])
+def test_large_plans_are_stable_sorts_and_repeat(T, K, P):
+    dest = np.random.default_rng(9).integers(-1, P, (T, K)).astype(np.int32)
+    run = jax.jit(lambda dest: make_plan(dest, P))
+    plan = run(dest)
+    order = np.argsort(np.where(dest.reshape(-1) < 0, P, dest.reshape(-1)), kind="stable")
+    present = int((dest >= 0).sum())
+    np.testing.assert_array_equal(plan.choice_N[:present], order[:present])
+    assert (np.asarray(plan.choice_N[present:]) == -1).all()
+    np.testing.assert_array_equal(plan.group_sizes_P, np.bincount(dest[dest >= 0], minlength=P))
+    for _ in range(50):
+        assert_same_plan(run(dest), plan)
+
+
+@pytest.mark.parametrize("D", [1, 7, 64, 100, 1536, 7168])
+@pytest.mark.parametrize("K", [1, 8, 9, 16])
+def test_widths_and_choices(D, K):
+    """More choices than are read together, and rows that no wide access divides."""
+    draw = np.random.default_rng(D)
+    plan = make_plan(jnp.asarray(draw.integers(-1, 5, (37, K)), jnp.int32), 5, 40)
+    x = jnp.asarray(draw.standard_normal((37, D)), jnp.bfloat16)
+    weights = jnp.asarray(draw.standard_normal((37, K)), jnp.float32)
+    rows = permute(x, plan)
+    np.testing.assert_array_equal(rows, reference.permute(x, plan))
+
+    def loss(ops, rows, weights):
+        return jnp.sum(jnp.sin(ops.unpermute(rows, plan, weights)))
+
+    rows = rows.astype(jnp.float32)
+    actual = jax.value_and_grad(loss, (1, 2))(custom_ops, rows, weights)
+    expected = jax.value_and_grad(loss, (1, 2))(reference, rows, weights)
+    for got, want in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert_close(got, want, F32)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, ml_dtypes.float8_e4m3fn, np.float16, np.float64], ids=str)
+def test_payloads_arrive_bit_by_bit(dtype):
+    with jax.enable_x64(dtype == np.float64):
+        plan = make_plan(jnp.asarray([[0, 2], [2, -1], [1, 0]], jnp.int32), 3)
+        x = jnp.asarray(np.arange(3 * 13).reshape(3, 13), dtype)
+        got = np.asarray(permute(x, plan))
+    np.testing.assert_array_equal(got.view(np.uint8), np.asarray(reference.permute(x, plan)).view(np.uint8))
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_sanitizer(tool):
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not installed")
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "1", sys.executable, "-m", every_move.__name__]
+    root = pathlib.Path(__file__).parents[2]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    assert result.returncode == 0, result.stdout + result.stderr
