@@ -74,7 +74,7 @@ def balance_loss(routing: Routing, axes: Sequence[str] = (), *, batch: BatchLoad
 
 
 def sequence_balance_loss(routing: Routing, axes: Sequence[str] = (), *, sequence_length: int) -> jax.Array:
-    """`balance_loss` of each sequence by itself, mean over the sequences that have a valid token (DeepSeek-V3, eq. 17-20).
+    """`balance_loss` of each sequence by itself, mean over those that have a valid token (DeepSeek-V3, eq. 17-20).
 
     Args:
       sequence_length: S; this device's tokens are whole sequences.

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from moejax.attention import Attention, KVCache
 from moejax.layers import FeedForward, RMSNorm, init_matrix
-from moejax.losses import cross_entropy
+from moejax.losses import BatchLoad, cross_entropy
 from moejax.mesh import over_tokens, token_axes
 from moejax.moe import MoE, MoEStats
 from moejax.routing import ROUTING_DECISION
@@ -61,12 +61,18 @@ class Block(nnx.Module):
         self.ffn = ffn
 
     def __call__(
-        self, x_BSD: jax.Array, context: Context, cache: KVCache | None, key: jax.Array | None
+        self,
+        x_BSD: jax.Array,
+        context: Context,
+        cache: KVCache | None,
+        key: jax.Array | None,
+        batch_load: BatchLoad | None,
     ) -> tuple[jax.Array, MoEStats | None, KVCache | None]:
         """Also returns the MoE layer's statistics (None if dense) and the extended cache.
 
         Args:
           key: this layer's random key, for routers that draw.
+          batch_load: of this layer, see `MoE`.
         """
         normed_BSD, segments_BS = self.attention_norm(x_BSD), context.segments_BS
         attended, cache = self.attention(
@@ -76,7 +82,11 @@ class Block(nnx.Module):
         if isinstance(self.ffn, MoE):
             token_mask = None if segments_BS is None else segments_BS > 0
             y_BSD, stats = self.ffn(
-                self.ffn_norm(x_BSD), token_mask=token_mask, token_ids=context.tokens_BS, key=key
+                self.ffn_norm(x_BSD),
+                token_mask=token_mask,
+                token_ids=context.tokens_BS,
+                key=key,
+                batch_load=batch_load,
             )
         else:
             y_BSD, stats = self.ffn(self.ffn_norm(x_BSD)), None
@@ -168,6 +178,7 @@ class Transformer(nnx.Module):
         positions_BS: jax.Array | None = None,
         cache: KVCache | None = None,
         key: jax.Array | None = None,
+        batch_load: BatchLoad | None = None,
     ) -> tuple[jax.Array, MoEStats | None, jax.Array, KVCache | None]:
         """Run all layers.
 
@@ -178,6 +189,8 @@ class Transformer(nnx.Module):
           positions_BS: position within the document; default: 0, 1, 2, ...
           cache: from `init_cache`; filled with the keys and values of `tokens_BS`.
           key: random key of this call, for routers that draw; every layer draws from one of its own.
+          batch_load: when the tokens are one part of a batch, what each MoE layer must know of the whole; fields with
+            a leading M.
 
         Returns:
           hidden_BSD after the last norm; the statistics of the M MoE layers, each field with a leading M (None if
@@ -192,12 +205,17 @@ class Transformer(nnx.Module):
         keys_L = None if key is None else jax.random.split(key, self.num_layers)
 
         def run_period(x_BSD, layer):
-            state, cache, keys = layer
+            state, cache, keys, loads = layer
             blocks = nnx.merge(graphdef, state)
-            stats, finite, caches = [], [], []
+            stats: list[MoEStats] = []
+            finite, caches = [], []
             for index, block in enumerate(blocks):
                 part, block_key = jax.tree.map(lambda leaf, index=index: leaf[index], (cache, keys))
-                x_BSD, block_stats, part = block(x_BSD, context, part, block_key)
+                load = None
+                if isinstance(block.ffn, MoE):
+                    moe = len(stats)
+                    load = jax.tree.map(lambda leaf, moe=moe: leaf[moe], loads)
+                x_BSD, block_stats, part = block(x_BSD, context, part, block_key, load)
                 stats += [] if block_stats is None else [block_stats]
                 finite.append(jnp.all(jnp.isfinite(x_BSD)))
                 caches.append(part)
@@ -209,18 +227,40 @@ class Transformer(nnx.Module):
         period = len(self.blocks)
         by_period = lambda leaf: leaf.reshape(-1, period, *leaf.shape[1:])  # noqa: E731
         by_layer = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])  # noqa: E731
+        loads = jax.tree.map(lambda leaf: leaf.reshape(self._repetitions, -1, *leaf.shape[1:]), batch_load)
 
         x_BSD = self._embed(tokens_BS)
-        repetitions = self.num_layers // period
         x_BSD, (stats, finite, cache) = jax.lax.scan(
             run_period,
             x_BSD,
-            (stacked, *jax.tree.map(by_period, (cache, keys_L))),
+            (stacked, *jax.tree.map(by_period, (cache, keys_L)), loads),
             # Remat relies on the loop: without one, XLA would merge what is computed again with what was.
-            unroll=policy is None and repetitions <= _MAX_UNROLLED,
+            unroll=policy is None and self._repetitions <= _MAX_UNROLLED,
         )
         stats, finite_L, cache = jax.tree.map(by_layer, (stats, finite, cache))
         return self.final_norm(x_BSD), stats, finite_L, cache
+
+    @property
+    def _repetitions(self) -> int:
+        return self.num_layers // len(self.blocks)
+
+    def balance_routers(self, load_ME: jax.Array) -> None:
+        """Let routers that keep a state change it after an optimizer step.
+
+        Args:
+          load_ME: choices per expert of each MoE layer over the whole batch.
+        """
+        routers = [block.ffn.router for block in self.blocks if isinstance(block.ffn, MoE)]
+        load_RME = load_ME.reshape(self._repetitions, len(routers), -1)
+        for index, router in enumerate(routers):
+            graphdef, state = nnx.split(router)
+
+            def balanced(state, load_E, graphdef=graphdef):
+                router = nnx.merge(graphdef, state)
+                router.balance(load_E)
+                return nnx.state(router)
+
+            nnx.update(router, jax.vmap(balanced)(state, load_RME[:, index]))
 
     def _embed(self, tokens_BS: jax.Array) -> jax.Array:
         return self.embedding[...][tokens_BS].astype(self.dtype)

@@ -29,7 +29,7 @@ from moejax.routing.switch import Switch as Switch
 from moejax.routing.topk import TopK as TopK
 from moejax.routing.topology import Topology as Topology
 
-ROUTERS: dict[str, type[Router]] = {
+ROUTERS: dict[str, Any] = {
     "topk": TopK,
     "noisy": NoisyTopK,
     "gshard": GShard,
@@ -70,4 +70,4 @@ def make_router(
         if option not in known:
             has = f"its options are {', '.join(known)}" if known else "it has none"
             raise BadOption(option, value, f"router {name} has no such option; {has}")
-    return ROUTERS[name](d_model, num_experts, top_k=top_k, rngs=rngs, **options)  # type: ignore[call-arg]
+    return ROUTERS[name](d_model, num_experts, top_k=top_k, rngs=rngs, **options)

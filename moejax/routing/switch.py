@@ -55,7 +55,7 @@ class Switch(LinearRouter):
         capacity_key = None
         if key is not None:
             jitter_key, capacity_key = jax.random.split(key)
-            uniform_TD = draw(jax.random.uniform, jitter_key, *x_TD.shape[:1], x_TD.shape[1:])
+            uniform_TD = draw(jax.random.uniform, jitter_key, x_TD.shape[0], x_TD.shape[1:])
             x_TD = x_TD.astype(jnp.float32) * (1 + self.jitter * (2 * uniform_TD - 1))
         logits_TE = self.logits(x_TD)
         wanted_TK, weights_TK, scores_TE = softmax_top_k(logits_TE, 1)
