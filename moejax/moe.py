@@ -27,7 +27,7 @@ from moejax.losses import (
     sequence_balance_loss,
     z_loss,
 )
-from moejax.mesh import EXPERT, ambient_mesh, over_tokens, token_axes
+from moejax.mesh import EXPERT, ambient_mesh, make_varying, over_tokens, token_axes
 from moejax.routing import Router, Routing, make_router
 from moejax.routing.check import check_routing
 from moejax.statistics import RouterStats, router_stats
@@ -206,6 +206,8 @@ class MoE(nnx.Module):
             x_TD = jnp.where(mask_T[:, None], x_TD, 0)
         routing = router(x_TD, token_mask_T=mask_T, token_ids_T=token_ids_T, key=key)
         check_routing(routing, x_TD.shape[0], self.num_experts)
+        # A router may answer with constants, which are the same on all devices; what follows differs.
+        routing = make_varying(routing, axes)
         in_range_TK = (routing.ids_TK >= 0) & (routing.ids_TK < self.num_experts)
         ids_TK = jnp.where(in_range_TK, routing.ids_TK, -1)
         y_TD, served_TK = dispatch(

@@ -19,7 +19,7 @@ from moejax.layers import FeedForward, RMSNorm, init_matrix
 from moejax.losses import BatchLoad, cross_entropy
 from moejax.mesh import over_tokens, token_axes
 from moejax.moe import MoE, MoEStats
-from moejax.routing import ROUTING_DECISION
+from moejax.routing import ROUTING_DECISION, Routing
 
 _policies = jax.checkpoint_policies
 # As a loop, a few small layers spend a tenth of their time on copies into and out of stacked arrays.
@@ -74,13 +74,9 @@ class Block(nnx.Module):
           key: this layer's random key, for routers that draw.
           batch_load: of this layer, see `MoE`.
         """
-        normed_BSD, segments_BS = self.attention_norm(x_BSD), context.segments_BS
-        attended, cache = self.attention(
-            normed_BSD, segments_BS, context.positions_BS, cache, context.rotation_BS2f
-        )
-        x_BSD = x_BSD + attended
+        x_BSD, cache = self._attend(x_BSD, context, cache)
         if isinstance(self.ffn, MoE):
-            token_mask = None if segments_BS is None else segments_BS > 0
+            token_mask = None if context.segments_BS is None else context.segments_BS > 0
             y_BSD, stats = self.ffn(
                 self.ffn_norm(x_BSD),
                 token_mask=token_mask,
@@ -91,6 +87,23 @@ class Block(nnx.Module):
         else:
             y_BSD, stats = self.ffn(self.ffn_norm(x_BSD)), None
         return x_BSD + y_BSD, stats, cache
+
+    def route(self, x_BSD: jax.Array, context: Context) -> Routing:
+        """What the MoE layer's router decides in evaluation."""
+        assert isinstance(self.ffn, MoE)
+        x_BSD, _ = self._attend(x_BSD, context, None)
+        mask_T = None if context.segments_BS is None else (context.segments_BS > 0).reshape(-1)
+        x_TD = self.ffn_norm(x_BSD).reshape(-1, x_BSD.shape[-1])
+        return self.ffn.router(x_TD, token_mask_T=mask_T, token_ids_T=context.tokens_BS.reshape(-1))
+
+    def _attend(
+        self, x_BSD: jax.Array, context: Context, cache: KVCache | None
+    ) -> tuple[jax.Array, KVCache | None]:
+        normed_BSD = self.attention_norm(x_BSD)
+        attended, cache = self.attention(
+            normed_BSD, context.segments_BS, context.positions_BS, cache, context.rotation_BS2f
+        )
+        return x_BSD + attended, cache
 
 
 class Transformer(nnx.Module):
@@ -196,11 +209,7 @@ class Transformer(nnx.Module):
           hidden_BSD after the last norm; the statistics of the M MoE layers, each field with a leading M (None if
           M = 0); finite_L, whether each layer's output was finite; the filled cache.
         """
-        if positions_BS is None:
-            positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape)
-        # Without the barrier XLA would take all cosines and sines again in every layer, forward and backward.
-        rotation_BS2f = jax.lax.optimization_barrier(self.blocks[0].attention.rotation(positions_BS))
-        context = Context(tokens_BS, segments_BS, positions_BS, rotation_BS2f)
+        context = self._context(tokens_BS, segments_BS, positions_BS)
         graphdef, stacked = nnx.split(self.blocks)
         keys_L = None if key is None else jax.random.split(key, self.num_layers)
 
@@ -239,6 +248,37 @@ class Transformer(nnx.Module):
         )
         stats, finite_L, cache = jax.tree.map(by_layer, (stats, finite, cache))
         return self.final_norm(x_BSD), stats, finite_L, cache
+
+    def routings(
+        self,
+        tokens_BS: jax.Array,
+        *,
+        segments_BS: jax.Array | None = None,
+        positions_BS: jax.Array | None = None,
+    ) -> list[Routing]:
+        """What each MoE layer's router decides about these tokens in evaluation: M of them, for T = B * S tokens.
+
+        To look at a model; runs layer by layer on one device.
+        """
+        context = self._context(tokens_BS, segments_BS, positions_BS)
+        graphdef, stacked = nnx.split(self.blocks)
+        x_BSD, routings = self._embed(tokens_BS), []
+        for repetition in range(self._repetitions):
+            layer = jax.tree.map(lambda leaf, index=repetition: leaf[index], stacked)
+            for block in nnx.merge(graphdef, layer):
+                if isinstance(block.ffn, MoE):
+                    routings.append(block.route(x_BSD, context))
+                x_BSD = block(x_BSD, context, None, None, None)[0]
+        return routings
+
+    def _context(
+        self, tokens_BS: jax.Array, segments_BS: jax.Array | None, positions_BS: jax.Array | None
+    ) -> Context:
+        if positions_BS is None:
+            positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape)
+        # Without the barrier XLA would take all cosines and sines again in every layer, forward and backward.
+        rotation_BS2f = jax.lax.optimization_barrier(self.blocks[0].attention.rotation(positions_BS))
+        return Context(tokens_BS, segments_BS, positions_BS, rotation_BS2f)
 
     @property
     def _repetitions(self) -> int:

@@ -64,8 +64,8 @@ def summary(metrics: Mapping[str, float]) -> str:
         f"{label} {metrics[name]:{form}}"
         for name, label, form in (
             ("loss", "loss", ".4f"),
-            ("moe/max_vio", "max_vio", ".2f"),
-            ("moe/load_entropy", "balance", ".0%"),
+            ("moe/max_vio", "balance", ".2f"),
+            ("moe/load_entropy", "spread", ".0%"),
             ("moe/dropped_fraction", "dropped", ".1%"),
             ("moe/dead_experts", "dead", "d"),
             ("tokens_per_second", "tokens/s", ",.0f"),

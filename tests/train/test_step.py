@@ -16,7 +16,7 @@ from moejax.cost import peak_flops
 from tests import tolerance
 from tests.moejax import oracle
 from tests.train import small
-from train.config import LogConfig, ModelConfig, MoEConfig, OptimizerConfig, RoutingConfig
+from train.config import LogConfig, ModelConfig, MoEConfig, OptimizerConfig
 from train.errors import TrainingFailed
 from train.model import ModelSpec
 from train.program import _compiler_options
@@ -90,12 +90,8 @@ def test_gradients_at_step_0_are_those_of_the_dense_oracle(layout, monkeypatch):
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch():
-    # The auxiliary losses are means over each part; without them everything is a sum over tokens.
-    routing = RoutingConfig(balance_weight=0.0, z_weight=0.0)
-    model = small.config().model
-    whole = small.config(
-        model=dataclasses.replace(model, moe=dataclasses.replace(model.moe, routing=routing))
-    )
+    # The balance loss too: with parts of 2 of 8 sequences, of which one has fewer valid tokens.
+    whole = small.config()
     parts = dataclasses.replace(whole, optimizer=dataclasses.replace(whole.optimizer, accumulation_steps=4))
     a, b = (losses(run, 2, 1, 3) for run in (parts, whole))
     np.testing.assert_allclose(a, b, rtol=tolerance.F32_MODEL)
