@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from train.balance import LAYERS
 from train.report.runs import Run
 
+# Inches of a picture that stands beside another; a wider one has a line of the page to itself.
+WIDTH = 6.2
 # A load of twice the even share or more has the last colour.
 _FULL = 2.0
 _CURVES = {
@@ -116,12 +118,13 @@ def coactivation(pairs_MEE: np.ndarray) -> Figure:
         image = axes.imshow(pairs_MEE[layer], cmap="magma", vmin=0, vmax=2.5)
         axes.set_title(f"MoE layer {layer}", fontsize=9)
         axes.tick_params(labelsize=7)
+    figure.suptitle("Experts chosen together", fontsize=10)
     figure.colorbar(image, ax=grid.tolist(), label="over independent", extend="max", shrink=0.8)
     return figure
 
 
 def _figure(title: str, unit: str):
-    figure = Figure(figsize=(6.2, 3.4), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.set_title(title, fontsize=10)

@@ -25,7 +25,9 @@ h1 { font-size: 1.5em; } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 
 table { border-collapse: collapse; margin: 1em 0; font-size: 0.9em; }
 th, td { border: 1px solid #ddd; padding: 0.25em 0.6em; text-align: left; vertical-align: top; }
 th { background: #f5f5f5; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
-.pictures { display: flex; flex-wrap: wrap; gap: 0.8em; } .pictures img { max-width: 100%; }
+.pictures { display: flex; flex-wrap: wrap; gap: 0.8em; }
+.pictures img { width: calc(50% - 0.5em); object-fit: contain; align-self: flex-start; }
+.pictures img.wide { width: 100%; }
 code { background: #eef1f5; border-radius: 3px; padding: 0 0.3em; margin-right: 0.2em; white-space: pre; }
 p.note { color: #666; font-size: 0.9em; }
 """
@@ -78,7 +80,8 @@ class Album:
             figure.savefig(buffer, format="png", dpi=110)
             (self._folder / f"{name}.png").write_bytes(buffer.getvalue())
             data = base64.b64encode(buffer.getvalue()).decode("ascii")
-            images.append(f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">')
+            kind = ' class="wide"' if figure.get_figwidth() > figures.WIDTH else ""
+            images.append(f'<img{kind} alt="{html.escape(name)}" src="data:image/png;base64,{data}">')
         return f'<div class="pictures">{"".join(images)}</div>' if images else ""
 
 
