@@ -41,7 +41,9 @@ def config() -> TrainConfig:
                 num_experts=64,
                 top_k=8,
                 d_hidden=1024,
-                routing=RoutingConfig(normalize=False, balance_weight=0.01, z_weight=0.001),
+                routing=RoutingConfig(
+                    normalize=False, balance_weight=0.01, balance_over="micro_batch", z_weight=0.001
+                ),
             ),
         ),
         optimizer=OptimizerConfig(learning_rate=4e-4, warmup_steps=2500, accumulation_steps=16),

@@ -9,9 +9,15 @@ from moejax.attention import KVCache as KVCache
 from moejax.experts import Experts as Experts
 from moejax.layers import FeedForward as FeedForward
 from moejax.layers import RMSNorm as RMSNorm
+from moejax.losses import BatchLoad as BatchLoad
 from moejax.mesh import make_mesh as make_mesh
 from moejax.moe import MoE as MoE
 from moejax.moe import MoEStats as MoEStats
+from moejax.routing import ROUTERS as ROUTERS
+from moejax.routing import Router as Router
+from moejax.routing import RouterState as RouterState
 from moejax.routing import Routing as Routing
 from moejax.routing import TopK as TopK
+from moejax.routing import make_router as make_router
+from moejax.statistics import RouterStats as RouterStats
 from moejax.transformer import Transformer as Transformer

@@ -1,19 +1,38 @@
-"""Auxiliary losses of the routers, over the global batch, and the language model's cross-entropy.
+"""Auxiliary losses of the routers, and the language model's cross-entropy.
 
-Every sum over tokens is a sum over the tokens of all devices, so value and gradient do not depend on the layout.
+Sums over tokens are sums over the tokens of all devices, so value and gradient do not depend on the layout.
 
-Shapes: T tokens on this device, E experts, K experts per token, D model width, V vocabulary.
+Shapes: T tokens on this device, B sequences of S tokens, E experts, K experts per token, D model width, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from moejax.routing import Routing
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class BatchLoad:
+    """What a layer that sees one part of a batch must know of the whole to have the whole's gradient.
+
+    With it, the mean over the parts of a loss is the loss of the whole batch.
+
+    Fields:
+      counted_E: choices per expert that the balance loss counts, f32; see `count_choices`.
+      tokens: valid tokens, f32.
+      parts: how many parts there are, f32.
+    """
+
+    counted_E: jax.Array
+    tokens: jax.Array
+    parts: jax.Array
 
 
 def _global_sum(x: jax.Array, axes: Sequence[str]) -> jax.Array:
@@ -26,24 +45,84 @@ def expert_load(ids_TK: jax.Array, num_experts: int, axes: Sequence[str] = ()) -
     return _global_sum(jnp.sum(chosen_TKE, axis=(0, 1), dtype=jnp.int32), axes)
 
 
-def balance_loss(routing: Routing, axes: Sequence[str] = ()) -> jax.Array:
-    """E * sum_e f_e P_e (Switch Transformer, eq. 4), f and P taken over the global batch.
+def count_choices(routing: Routing, axes: Sequence[str] = ()) -> jax.Array:
+    """Choices per expert that the balance loss counts, [E] f32: those before a capacity took any away."""
+    ids_TK = routing.ids_TK if routing.counted_TK is None else routing.counted_TK
+    return expert_load(ids_TK, routing.scores_TE.shape[1], axes).astype(jnp.float32)
+
+
+def count_tokens(routing: Routing, axes: Sequence[str] = ()) -> jax.Array:
+    """Valid tokens, f32."""
+    return _global_sum(jnp.sum(routing.valid_T, dtype=jnp.float32), axes)
+
+
+def balance_loss(routing: Routing, axes: Sequence[str] = (), *, batch: BatchLoad | None = None) -> jax.Array:
+    """E * sum_e f_e P_e (Switch Transformer, eq. 4; GShard's loss times E), f and P taken over the global batch.
 
     f_e is the share of all choices that went to expert e, P_e the mean score of e over all tokens. 1 when balanced,
     up to E when one expert takes all. Finite, and zero, when no token is valid.
+
+    Args:
+      batch: f of a larger batch of which this is a part. The loss is linear in P, so the parts' gradients add up to
+        that of the whole batch. None: this is the batch.
+    """
+    score_E = _global_sum(jnp.sum(jnp.where(routing.valid_T[:, None], routing.scores_TE, 0), axis=0), axes)
+    if batch is None:
+        batch = BatchLoad(count_choices(routing, axes), count_tokens(routing, axes), jnp.float32(1))
+    scale = score_E.shape[0] * batch.parts / jnp.maximum(jnp.sum(batch.counted_E) * batch.tokens, 1)
+    return scale * jnp.sum(batch.counted_E * score_E)
+
+
+def sequence_balance_loss(routing: Routing, axes: Sequence[str] = (), *, sequence_length: int) -> jax.Array:
+    """`balance_loss` of each sequence by itself, mean over those that have a valid token (DeepSeek-V3, eq. 17-20).
+
+    Args:
+      sequence_length: S; this device's tokens are whole sequences.
     """
     num_experts = routing.scores_TE.shape[1]
-    load_E = expert_load(routing.ids_TK, num_experts, axes).astype(jnp.float32)
-    score_E = _global_sum(jnp.sum(jnp.where(routing.valid_T[:, None], routing.scores_TE, 0), axis=0), axes)
-    tokens = _global_sum(jnp.sum(routing.valid_T, dtype=jnp.float32), axes)
-    return num_experts * jnp.sum(load_E * score_E) / jnp.maximum(jnp.sum(load_E) * tokens, 1)
+    ids_TK = routing.ids_TK if routing.counted_TK is None else routing.counted_TK
+    by_sequence = lambda a: a.reshape(-1, sequence_length, *a.shape[1:])  # noqa: E731
+    load_BE = jax.vmap(lambda ids_SK: expert_load(ids_SK, num_experts))(by_sequence(ids_TK)).astype(
+        jnp.float32
+    )
+    scores_BSE = by_sequence(jnp.where(routing.valid_T[:, None], routing.scores_TE, 0))
+    tokens_B = jnp.sum(by_sequence(routing.valid_T), axis=1, dtype=jnp.float32)
+    product_B = num_experts * jnp.sum(load_BE * jnp.sum(scores_BSE, axis=1), axis=1)
+    loss_B = product_B / jnp.maximum(jnp.sum(load_BE, axis=1) * tokens_B, 1)
+    sequences = _global_sum(jnp.sum(tokens_B > 0, dtype=jnp.float32), axes)
+    return _global_sum(jnp.sum(loss_B), axes) / jnp.maximum(sequences, 1)
 
 
-def z_loss(routing: Routing, axes: Sequence[str] = ()) -> jax.Array:
-    """Mean over tokens of logsumexp(logits)^2 (ST-MoE, eq. 5)."""
+def importance_loss(routing: Routing, axes: Sequence[str] = ()) -> jax.Array:
+    """Squared coefficient of variation of the experts' summed weights (Shazeer et al. 2017, eq. 6-7)."""
+    experts_E = jnp.arange(routing.scores_TE.shape[1], dtype=routing.ids_TK.dtype)
+    chosen_TKE = routing.ids_TK[:, :, None] == experts_E[None, None, :]
+    importance_E = jnp.sum(jnp.where(chosen_TKE, routing.weights_TK[:, :, None], 0), axis=(0, 1))
+    return squared_variation(_global_sum(importance_E, axes))
+
+
+def load_loss(routing: Routing, axes: Sequence[str] = ()) -> jax.Array:
+    """Squared coefficient of variation of the experts' expected load (Shazeer et al. 2017, eq. 10-11).
+
+    Zero where the router knows no chances (without noise).
+    """
+    if routing.chance_TE is None:
+        return jnp.float32(0)
+    load_E = jnp.sum(jnp.where(routing.valid_T[:, None], routing.chance_TE, 0), axis=0)
+    return squared_variation(_global_sum(load_E, axes))
+
+
+def squared_variation(x_E: jax.Array) -> jax.Array:
+    """Variance over squared mean, of the population; 0 with a gradient of 0 where x is."""
+    mean = jnp.mean(x_E)
+    return jnp.mean((x_E - mean) ** 2) / jnp.where(mean == 0, 1, mean * mean)
+
+
+def z_loss(routing: Routing, axes: Sequence[str] = (), *, batch: BatchLoad | None = None) -> jax.Array:
+    """Mean over tokens of logsumexp(logits)^2 (ST-MoE, eq. 5); `batch` as for `balance_loss`."""
     z_T = jnp.where(routing.valid_T, jax.nn.logsumexp(routing.logits_TE, axis=-1), 0)
-    tokens = _global_sum(jnp.sum(routing.valid_T, dtype=jnp.float32), axes)
-    return _global_sum(jnp.sum(z_T * z_T), axes) / jnp.maximum(tokens, 1)
+    tokens, parts = (count_tokens(routing, axes), 1) if batch is None else (batch.tokens, batch.parts)
+    return parts * _global_sum(jnp.sum(z_T * z_T), axes) / jnp.maximum(tokens, 1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -17,9 +17,22 @@ from jax.sharding import PartitionSpec as P
 from moejax.dispatch import dispatch
 from moejax.exchange import EXCHANGES
 from moejax.experts import Experts
-from moejax.losses import balance_loss, expert_load, z_loss
-from moejax.mesh import EXPERT, ambient_mesh, over_tokens, token_axes
-from moejax.routing import ROUTERS
+from moejax.layers import FeedForward
+from moejax.losses import (
+    BatchLoad,
+    balance_loss,
+    expert_load,
+    importance_loss,
+    load_loss,
+    sequence_balance_loss,
+    z_loss,
+)
+from moejax.mesh import EXPERT, ambient_mesh, make_varying, over_tokens, token_axes
+from moejax.routing import Router, Routing, make_router
+from moejax.routing.check import check_routing
+from moejax.statistics import RouterStats, router_stats
+
+BALANCE_OVER = ("batch", "micro_batch", "sequence")
 
 
 @jax.tree_util.register_dataclass
@@ -34,6 +47,7 @@ class MoEStats:
       invalid: choices whose expert id was out of range (-1, "none", is not), i32.
       dropped: valid choices that no expert carried out, i32.
       rounds: times the layer ran until every choice was carried out, i32.
+      router: what the router did.
     """
 
     aux_loss: jax.Array
@@ -43,6 +57,7 @@ class MoEStats:
     invalid: jax.Array
     dropped: jax.Array
     rounds: jax.Array
+    router: RouterStats
 
 
 class MoE(nnx.Module):
@@ -57,11 +72,15 @@ class MoE(nnx.Module):
       num_experts: E, over all devices.
       top_k: K; None takes the router's own.
       router: name in `ROUTERS`, or a module `router(x_TD, token_mask_T=, token_ids_T=, key=) -> Routing`.
+      router_options: further arguments of the named router.
       experts: activation of the expert FFNs ("swiglu" or "gelu"), or a module
         `experts(x_TD, plan, weights_TK) -> y_TD` whose parameters are stacked over the axis "experts".
       exchange: name in `EXCHANGES`.
-      balance_weight, z_weight: weights of the losses in `stats.aux_loss`.
-      router_options: further arguments of the named router.
+      shared_experts: so many experts' width of dense FFN is added for every token (DeepSeek-MoE).
+      balance_weight, z_weight, importance_weight, load_weight: weights of the losses in `stats.aux_loss`; None takes
+        the router's own.
+      balance_over: what the balance loss is taken over: "batch" and "micro_batch" are the tokens of this call over all
+        devices, unless "batch" is told of a larger one (`batch_load`); "sequence" is each sequence by itself.
 
     Raises:
       ValueError: an unknown name, a top_k beyond the experts, or (when called) experts that the mesh's `expert` axis
@@ -78,8 +97,12 @@ class MoE(nnx.Module):
         router: str | nnx.Module = "topk",
         experts: str | nnx.Module = "swiglu",
         exchange: str = "all_to_all",
-        balance_weight: float = 0.01,
-        z_weight: float = 0.001,
+        shared_experts: int = 0,
+        balance_weight: float | None = None,
+        balance_over: str = "batch",
+        z_weight: float | None = None,
+        importance_weight: float | None = None,
+        load_weight: float | None = None,
         out_scale: float = 1.0,
         dtype=jnp.float32,
         rngs: nnx.Rngs,
@@ -87,10 +110,13 @@ class MoE(nnx.Module):
     ):
         if exchange not in EXCHANGES:
             raise ValueError(f"exchange = {exchange!r}: must be one of {sorted(EXCHANGES)}")
+        if balance_over not in BALANCE_OVER:
+            raise ValueError(f"balance_over = {balance_over!r}: must be one of {', '.join(BALANCE_OVER)}")
         if isinstance(router, str):
-            if router not in ROUTERS:
-                raise ValueError(f"router = {router!r}: must be one of {sorted(ROUTERS)}")
-            router = ROUTERS[router](d_model, num_experts, top_k=top_k, rngs=rngs, **router_options)
+            router = make_router(router, d_model, num_experts, top_k=top_k, rngs=rngs, **router_options)
+        elif router_options:
+            raise ValueError(f"{', '.join(router_options)}: options of a router by name; got a router itself")
+        activation = experts if isinstance(experts, str) else "swiglu"
         if isinstance(experts, str):
             experts = Experts(
                 num_experts,
@@ -105,8 +131,24 @@ class MoE(nnx.Module):
         self.experts = experts
         self.num_experts = num_experts
         self.exchange = exchange
-        self.balance_weight = balance_weight
-        self.z_weight = z_weight
+        self.shared = (
+            FeedForward(
+                d_model,
+                shared_experts * d_hidden,
+                activation=activation,
+                out_scale=out_scale,
+                dtype=dtype,
+                rngs=rngs,
+            )
+            if shared_experts
+            else None
+        )
+        own = getattr(router, "default_losses", Router.default_losses)
+        weight = lambda name, given: own.get(name, 0.0) if given is None else given  # noqa: E731
+        self.balance_weight, self.balance_over = weight("balance", balance_weight), balance_over
+        self.z_weight = weight("z", z_weight)
+        self.importance_weight = weight("importance", importance_weight)
+        self.load_weight = weight("load", load_weight)
 
     def __call__(
         self,
@@ -115,13 +157,15 @@ class MoE(nnx.Module):
         token_mask: jax.Array | None = None,
         token_ids: jax.Array | None = None,
         key: jax.Array | None = None,
+        batch_load: BatchLoad | None = None,
     ) -> tuple[jax.Array, MoEStats]:
         """Apply the layer to [..., D].
 
         Args:
           token_mask: [...] bool, False for tokens that go nowhere and count nowhere (their output is 0).
           token_ids: [...] i32, for routers that look at the token itself.
-          key: random key, for routers that draw.
+          key: random key; means training to the routers, see `Router`.
+          batch_load: of the whole batch when x is a part of it; for the balance loss and the z-loss.
         """
         mesh = ambient_mesh()
         size = mesh.shape[EXPERT] if EXPERT in mesh.axis_names else 1
@@ -132,19 +176,26 @@ class MoE(nnx.Module):
         flat = lambda a: None if a is None else a.reshape(-1)  # noqa: E731
         graphdef, params = nnx.split((self.router, self.experts))
 
+        sequence_length = x.shape[-2] if x.ndim > 2 else None
         y_TD, stats = over_tokens(
-            partial(self._local, graphdef),
+            partial(self._local, graphdef, sequence_length),
             params,
             x.reshape(-1, x.shape[-1]),
             flat(token_mask),
             flat(token_ids),
-            replicated=key,
+            replicated=(key, batch_load),
             out_specs=lambda tokens: (tokens, P()),
         )
-        return y_TD.reshape(x.shape), stats
+        y = y_TD.reshape(x.shape)
+        if self.shared is not None:
+            # A masked token enters as 0 and, without biases, leaves as 0.
+            seen = x if token_mask is None else jnp.where(token_mask[..., None], x, 0)
+            y = y + self.shared(seen).astype(x.dtype)
+        return y, stats
 
-    def _local(self, graphdef, params, key, x_TD, mask_T, token_ids_T):
+    def _local(self, graphdef, sequence_length, params, replicated, x_TD, mask_T, token_ids_T):
         """One device's tokens; collectives go along the token axes of the mesh, if there are any."""
+        key, batch_load = replicated
         router, experts = nnx.merge(graphdef, params)
         axes = token_axes()
         size = jax.lax.axis_size(EXPERT) if EXPERT in axes else 1
@@ -154,6 +205,9 @@ class MoE(nnx.Module):
             # In backward, 0 times the NaN of a masked token would be NaN.
             x_TD = jnp.where(mask_T[:, None], x_TD, 0)
         routing = router(x_TD, token_mask_T=mask_T, token_ids_T=token_ids_T, key=key)
+        check_routing(routing, x_TD.shape[0], self.num_experts)
+        # A router may answer with constants, which are the same on all devices; what follows differs.
+        routing = make_varying(routing, axes)
         in_range_TK = (routing.ids_TK >= 0) & (routing.ids_TK < self.num_experts)
         ids_TK = jnp.where(in_range_TK, routing.ids_TK, -1)
         y_TD, served_TK = dispatch(
@@ -165,14 +219,28 @@ class MoE(nnx.Module):
             experts_per_device=self.num_experts // size,
         )
         count = lambda choices_TK: jax.lax.psum(jnp.sum(choices_TK, dtype=jnp.int32), axes)  # noqa: E731
-        balance, z = balance_loss(routing, axes), z_loss(routing, axes)
         stats = MoEStats(
-            aux_loss=self.balance_weight * balance + self.z_weight * z,
-            balance_loss=balance,
-            z_loss=z,
+            **self._losses(routing, axes, sequence_length, batch_load),
             load_E=expert_load(ids_TK, self.num_experts, axes),
             invalid=count(~in_range_TK & (routing.ids_TK != -1)),
             dropped=count(in_range_TK & ~served_TK),
             rounds=jnp.int32(1),
+            router=router_stats(routing, axes),
         )
         return y_TD.astype(x_TD.dtype), stats
+
+    def _losses(self, routing: Routing, axes, sequence_length, batch_load) -> dict[str, jax.Array]:
+        """The auxiliary losses as fields of `MoEStats`; those without a weight are not computed."""
+        if self.balance_over == "sequence":
+            if sequence_length is None:
+                raise ValueError("balance_over = 'sequence': x must be [B, S, D], to have sequences")
+            balance = sequence_balance_loss(routing, axes, sequence_length=sequence_length)
+        else:
+            balance = balance_loss(routing, axes, batch=batch_load if self.balance_over == "batch" else None)
+        z = z_loss(routing, axes, batch=batch_load)
+        aux_loss = self.balance_weight * balance + self.z_weight * z
+        if self.importance_weight:
+            aux_loss += self.importance_weight * importance_loss(routing, axes)
+        if self.load_weight:
+            aux_loss += self.load_weight * load_loss(routing, axes)
+        return {"aux_loss": aux_loss, "balance_loss": balance, "z_loss": z}

@@ -16,10 +16,10 @@ from jax.sharding import PartitionSpec as P
 
 from moejax.attention import Attention, KVCache
 from moejax.layers import FeedForward, RMSNorm, init_matrix
-from moejax.losses import cross_entropy
+from moejax.losses import BatchLoad, cross_entropy
 from moejax.mesh import over_tokens, token_axes
 from moejax.moe import MoE, MoEStats
-from moejax.routing import ROUTING_DECISION
+from moejax.routing import ROUTING_DECISION, Routing
 
 _policies = jax.checkpoint_policies
 # As a loop, a few small layers spend a tenth of their time on copies into and out of stacked arrays.
@@ -61,26 +61,49 @@ class Block(nnx.Module):
         self.ffn = ffn
 
     def __call__(
-        self, x_BSD: jax.Array, context: Context, cache: KVCache | None, key: jax.Array | None
+        self,
+        x_BSD: jax.Array,
+        context: Context,
+        cache: KVCache | None,
+        key: jax.Array | None,
+        batch_load: BatchLoad | None,
     ) -> tuple[jax.Array, MoEStats | None, KVCache | None]:
         """Also returns the MoE layer's statistics (None if dense) and the extended cache.
 
         Args:
           key: this layer's random key, for routers that draw.
+          batch_load: of this layer, see `MoE`.
         """
-        normed_BSD, segments_BS = self.attention_norm(x_BSD), context.segments_BS
-        attended, cache = self.attention(
-            normed_BSD, segments_BS, context.positions_BS, cache, context.rotation_BS2f
-        )
-        x_BSD = x_BSD + attended
+        x_BSD, cache = self._attend(x_BSD, context, cache)
         if isinstance(self.ffn, MoE):
-            token_mask = None if segments_BS is None else segments_BS > 0
+            token_mask = None if context.segments_BS is None else context.segments_BS > 0
             y_BSD, stats = self.ffn(
-                self.ffn_norm(x_BSD), token_mask=token_mask, token_ids=context.tokens_BS, key=key
+                self.ffn_norm(x_BSD),
+                token_mask=token_mask,
+                token_ids=context.tokens_BS,
+                key=key,
+                batch_load=batch_load,
             )
         else:
             y_BSD, stats = self.ffn(self.ffn_norm(x_BSD)), None
         return x_BSD + y_BSD, stats, cache
+
+    def route(self, x_BSD: jax.Array, context: Context) -> Routing:
+        """What the MoE layer's router decides in evaluation."""
+        assert isinstance(self.ffn, MoE)
+        x_BSD, _ = self._attend(x_BSD, context, None)
+        mask_T = None if context.segments_BS is None else (context.segments_BS > 0).reshape(-1)
+        x_TD = self.ffn_norm(x_BSD).reshape(-1, x_BSD.shape[-1])
+        return self.ffn.router(x_TD, token_mask_T=mask_T, token_ids_T=context.tokens_BS.reshape(-1))
+
+    def _attend(
+        self, x_BSD: jax.Array, context: Context, cache: KVCache | None
+    ) -> tuple[jax.Array, KVCache | None]:
+        normed_BSD = self.attention_norm(x_BSD)
+        attended, cache = self.attention(
+            normed_BSD, context.segments_BS, context.positions_BS, cache, context.rotation_BS2f
+        )
+        return x_BSD + attended, cache
 
 
 class Transformer(nnx.Module):
@@ -168,6 +191,7 @@ class Transformer(nnx.Module):
         positions_BS: jax.Array | None = None,
         cache: KVCache | None = None,
         key: jax.Array | None = None,
+        batch_load: BatchLoad | None = None,
     ) -> tuple[jax.Array, MoEStats | None, jax.Array, KVCache | None]:
         """Run all layers.
 
@@ -178,26 +202,29 @@ class Transformer(nnx.Module):
           positions_BS: position within the document; default: 0, 1, 2, ...
           cache: from `init_cache`; filled with the keys and values of `tokens_BS`.
           key: random key of this call, for routers that draw; every layer draws from one of its own.
+          batch_load: when the tokens are one part of a batch, what each MoE layer must know of the whole; fields with
+            a leading M.
 
         Returns:
           hidden_BSD after the last norm; the statistics of the M MoE layers, each field with a leading M (None if
           M = 0); finite_L, whether each layer's output was finite; the filled cache.
         """
-        if positions_BS is None:
-            positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape)
-        # Without the barrier XLA would take all cosines and sines again in every layer, forward and backward.
-        rotation_BS2f = jax.lax.optimization_barrier(self.blocks[0].attention.rotation(positions_BS))
-        context = Context(tokens_BS, segments_BS, positions_BS, rotation_BS2f)
+        context = self._context(tokens_BS, segments_BS, positions_BS)
         graphdef, stacked = nnx.split(self.blocks)
         keys_L = None if key is None else jax.random.split(key, self.num_layers)
 
         def run_period(x_BSD, layer):
-            state, cache, keys = layer
+            state, cache, keys, loads = layer
             blocks = nnx.merge(graphdef, state)
-            stats, finite, caches = [], [], []
+            stats: list[MoEStats] = []
+            finite, caches = [], []
             for index, block in enumerate(blocks):
                 part, block_key = jax.tree.map(lambda leaf, index=index: leaf[index], (cache, keys))
-                x_BSD, block_stats, part = block(x_BSD, context, part, block_key)
+                load = None
+                if isinstance(block.ffn, MoE):
+                    moe = len(stats)
+                    load = jax.tree.map(lambda leaf, moe=moe: leaf[moe], loads)
+                x_BSD, block_stats, part = block(x_BSD, context, part, block_key, load)
                 stats += [] if block_stats is None else [block_stats]
                 finite.append(jnp.all(jnp.isfinite(x_BSD)))
                 caches.append(part)
@@ -209,18 +236,71 @@ class Transformer(nnx.Module):
         period = len(self.blocks)
         by_period = lambda leaf: leaf.reshape(-1, period, *leaf.shape[1:])  # noqa: E731
         by_layer = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])  # noqa: E731
+        loads = jax.tree.map(lambda leaf: leaf.reshape(self._repetitions, -1, *leaf.shape[1:]), batch_load)
 
         x_BSD = self._embed(tokens_BS)
-        repetitions = self.num_layers // period
         x_BSD, (stats, finite, cache) = jax.lax.scan(
             run_period,
             x_BSD,
-            (stacked, *jax.tree.map(by_period, (cache, keys_L))),
+            (stacked, *jax.tree.map(by_period, (cache, keys_L)), loads),
             # Remat relies on the loop: without one, XLA would merge what is computed again with what was.
-            unroll=policy is None and repetitions <= _MAX_UNROLLED,
+            unroll=policy is None and self._repetitions <= _MAX_UNROLLED,
         )
         stats, finite_L, cache = jax.tree.map(by_layer, (stats, finite, cache))
         return self.final_norm(x_BSD), stats, finite_L, cache
+
+    def routings(
+        self,
+        tokens_BS: jax.Array,
+        *,
+        segments_BS: jax.Array | None = None,
+        positions_BS: jax.Array | None = None,
+    ) -> list[Routing]:
+        """What each MoE layer's router decides about these tokens in evaluation: M of them, for T = B * S tokens.
+
+        To look at a model; runs layer by layer on one device.
+        """
+        context = self._context(tokens_BS, segments_BS, positions_BS)
+        graphdef, stacked = nnx.split(self.blocks)
+        x_BSD, routings = self._embed(tokens_BS), []
+        for repetition in range(self._repetitions):
+            layer = jax.tree.map(lambda leaf, index=repetition: leaf[index], stacked)
+            for block in nnx.merge(graphdef, layer):
+                if isinstance(block.ffn, MoE):
+                    routings.append(block.route(x_BSD, context))
+                x_BSD = block(x_BSD, context, None, None, None)[0]
+        return routings
+
+    def _context(
+        self, tokens_BS: jax.Array, segments_BS: jax.Array | None, positions_BS: jax.Array | None
+    ) -> Context:
+        if positions_BS is None:
+            positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape)
+        # Without the barrier XLA would take all cosines and sines again in every layer, forward and backward.
+        rotation_BS2f = jax.lax.optimization_barrier(self.blocks[0].attention.rotation(positions_BS))
+        return Context(tokens_BS, segments_BS, positions_BS, rotation_BS2f)
+
+    @property
+    def _repetitions(self) -> int:
+        return self.num_layers // len(self.blocks)
+
+    def balance_routers(self, load_ME: jax.Array) -> None:
+        """Let routers that keep a state change it after an optimizer step.
+
+        Args:
+          load_ME: choices per expert of each MoE layer over the whole batch.
+        """
+        routers = [block.ffn.router for block in self.blocks if isinstance(block.ffn, MoE)]
+        load_RME = load_ME.reshape(self._repetitions, len(routers), -1)
+        for index, router in enumerate(routers):
+            graphdef, state = nnx.split(router)
+
+            def balanced(state, load_E, graphdef=graphdef):
+                router = nnx.merge(graphdef, state)
+                router.balance(load_E)
+                return nnx.state(router)
+
+            nnx.update(router, jax.vmap(balanced)(state, load_RME[:, index]))
 
     def _embed(self, tokens_BS: jax.Array) -> jax.Array:
         return self.embedding[...][tokens_BS].astype(self.dtype)

@@ -9,7 +9,7 @@ import os
 import pathlib
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +43,14 @@ class GenerateOptions:
     """Seed of the drawing."""
 
 
+@dataclass(frozen=True)
+class ReportOptions:
+    """Where `moejax report` writes."""
+
+    output: str | None = None
+    """Folder of the report. Unset: `report` in the first run's directory."""
+
+
 @dataclass
 class Words:
     """A command line taken apart, nothing looked up yet."""
@@ -56,13 +64,14 @@ class Words:
 
 @dataclass(frozen=True)
 class Command:
-    """One command: `run(argument, options)` gives the exit code."""
+    """One command: `run(argument, options)` gives the exit code; the argument is a list where it takes many."""
 
     summary: str
     argument: str | None
     argument_help: str
     options: type
-    run: Callable[[str, Mapping[str, str]], int]
+    run: Callable[..., int]
+    takes_many: bool = False
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -140,7 +149,7 @@ def _run(words: Words) -> int:
         return _help(name, command, arguments)
     if command.argument and not arguments:
         raise ConfigError(command.argument, "(nothing)", f"must be given: {command.argument_help}")
-    if surplus := arguments[1 if command.argument else 0 :]:
+    if not command.takes_many and (surplus := arguments[1 if command.argument else 0 :]):
         rule = f"one argument too many: moejax {name} takes {command.argument or 'none'}"
         raise ConfigError("argument", shown(surplus[0]), rule)
     options = dict(words.options)
@@ -150,7 +159,7 @@ def _run(words: Words) -> int:
             raise unknown_field(option, value, known)
     if (cpu_devices := options.pop("cpu_devices", None)) is not None:
         _use_cpu_devices(cpu_devices)
-    return command.run(arguments[0] if arguments else "", options)
+    return command.run(arguments if command.takes_many else "".join(arguments), options)
 
 
 def _train(argument: str, options: Mapping[str, str]) -> int:
@@ -219,6 +228,17 @@ def _generate(argument: str, options: Mapping[str, str]) -> int:
     return 0
 
 
+def _report(arguments: Sequence[str], options: Mapping[str, str]) -> int:
+    chosen = override(ReportOptions(), options, prefix="--")
+    for argument in arguments:
+        _check_run_directory(argument)
+
+    from train.report import write_report
+
+    print(write_report(arguments, chosen.output))
+    return 0
+
+
 def _doctor(argument: str, options: Mapping[str, str]) -> int:
     from train.doctor import doctor
 
@@ -236,6 +256,14 @@ COMMANDS = {
     ),
     "eval": Command("Print a run's loss on its whole validation split.", "RUN", _RUN, NoOptions, _eval),
     "generate": Command("Continue a prompt with a run's model.", "RUN", _RUN, GenerateOptions, _generate),
+    "report": Command(
+        "Write an HTML report of a run, or of several side by side.",
+        "RUN...",
+        "directories of runs, as made by moejax train",
+        ReportOptions,
+        _report,
+        takes_many=True,
+    ),
     "doctor": Command("Show and check what this machine offers.", None, "", NoOptions, _doctor),
 }
 

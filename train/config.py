@@ -32,14 +32,68 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class RoutingConfig:
-    """Options of the routers and their losses."""
+    """Losses of any router, then options of some: one that the chosen router does not have is an error.
 
-    normalize: bool | None = None
-    """Make a token's combine weights sum to one. Unset: where it has several."""
-    balance_weight: float = 0.01
-    """Weight of the load-balance loss, over the tokens of all devices (of each accumulation part)."""
-    z_weight: float = 0.001
+    Unset: the router's own.
+    """
+
+    balance_weight: float | None = None
+    """Weight of the load-balance loss."""
+    balance_over: Literal["batch", "micro_batch", "sequence"] = "batch"
+    """Tokens that are to be balanced: all of a step (with accumulation at the price of one more forward pass), those of
+    one accumulation part, or each sequence by itself; always over all devices."""
+    z_weight: float | None = None
     """Weight of the router z-loss."""
+    importance_weight: float | None = None
+    """Weight of the importance loss: squared variation of the experts' summed weights."""
+    load_weight: float | None = None
+    """Weight of the load loss: squared variation of the experts' expected load; router noisy."""
+    normalize: bool | None = None
+    """Make a token's combine weights sum to one: topk, noisy, cosine, sinkhorn, swipe, topology, rounded."""
+    router_bias: bool | None = None
+    """Add a learned bias to the logits: all routers with a linear layer."""
+    groups: int | None = None
+    """Groups of tokens of a batch (of an accumulation part), each with capacities and budgets of its own."""
+    capacity_factor: float | None = None
+    """Choices an expert accepts, as a multiple of its even share: switch, gshard, expert_choice."""
+    eval_capacity_factor: float | None = None
+    """The same in evaluation: switch, gshard."""
+    drop_by: Literal["position", "score", "random"] | None = None
+    """Who is served first where a capacity does not suffice: switch, gshard."""
+    jitter: float | None = None
+    """The router sees its input times 1 ± this much at random: switch."""
+    random_second: bool | None = None
+    """Take the second expert by chance: gshard."""
+    bias_rate: float | None = None
+    """Step of the bias that balances without a loss: sigmoid."""
+    expert_groups: int | None = None
+    """Parts into which the experts are cut: sigmoid."""
+    limit_groups: int | None = None
+    """Parts in which a token may choose: sigmoid."""
+    scale: float | None = None
+    """Factor on the combine weights: sigmoid."""
+    max_experts: int | None = None
+    """Most experts of one token: expert_choice, rounded."""
+    iterations: int | None = None
+    """Rounds of Sinkhorn's algorithm: sinkhorn."""
+    hash_seed: int | None = None
+    """Seed of the hash: hash."""
+    expert: int | None = None
+    """The first expert that gets everything: one."""
+    projection: int | None = None
+    """Width of the space in which angles are taken: cosine."""
+    devices: int | None = None
+    """Parts of the experts with a budget each: swipe."""
+    budget_factor: float | None = None
+    """Budget as a multiple of the even share: swipe."""
+    nodes: int | None = None
+    """Parts of the experts that are a node each: topology."""
+    off_node_share: float | None = None
+    """Largest share of the choices that leave the node: topology."""
+    tile: int | None = None
+    """Multiple to which each expert's tokens are rounded: rounded."""
+    rounding: Literal["nearest", "up", "down"] | None = None
+    """How they are rounded: rounded."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +110,8 @@ class MoEConfig:
     """Name of the router."""
     exchange: str = "all_to_all"
     """Name of the exchange that carries rows between devices."""
+    shared_experts: int = 0
+    """Experts' widths of dense FFN that every token passes as well."""
     routing: RoutingConfig = field(default_factory=RoutingConfig)
 
 
@@ -161,6 +217,12 @@ class LogConfig:
 
     every: int = 10
     """Steps between logged steps; the first and the last are always logged."""
+    experts_every: int = 20
+    """Steps between logged steps that also have the numbers of each MoE layer and expert. 0: never."""
+    dead_after: int = 50
+    """Steps without a token after which an expert counts as dead."""
+    drop_limit: float = 0.1
+    """Share of dropped choices from which on there is a warning."""
     tensorboard: bool = True
     """Also write TensorBoard event files."""
 

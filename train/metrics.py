@@ -22,8 +22,8 @@ class Metrics:
         self.path = Path(path)
         self._file = _open(self.path)
 
-    def append(self, record: Mapping[str, int | float]) -> None:
-        """Write one line; values are Python, numpy or jax scalars."""
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write one line; values are Python, numpy or jax scalars, or numpy arrays, which become nested lists."""
         line = json.dumps({name: _portable(value) for name, value in record.items()}, allow_nan=False)
         rest = memoryview(line.encode() + b"\n")
         while rest:
@@ -56,11 +56,19 @@ def read(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     with Path(path).open(encoding="utf-8") as file:
         for line in file:
             record = json.loads(line)
-            yield {name: float(value) if isinstance(value, str) else value for name, value in record.items()}
+            yield {name: _number(value) for name, value in record.items()}
 
 
-def _portable(value: Any) -> int | float | str:
-    number = value.item() if hasattr(value, "item") else value
+def _number(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_number(entry) for entry in value]
+    return float(value) if isinstance(value, str) else value
+
+
+def _portable(value: Any) -> Any:
+    number = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(number, list):
+        return [_portable(entry) for entry in number]
     if isinstance(number, float) and not math.isfinite(number):
         return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"
     return number

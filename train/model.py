@@ -34,7 +34,6 @@ def make_model(config: TrainConfig, vocab_size: int, rngs: nnx.Rngs) -> moejax.T
     """The transformer that `config.model` describes."""
     model = config.model
     d_hidden = model.d_hidden or math.ceil(8 * model.d_model / 3 / 8) * 8
-    routing = asdict(model.moe.routing)
     return moejax.Transformer(
         vocab_size=model.vocab_size or vocab_size,
         num_layers=model.num_layers,
@@ -50,7 +49,9 @@ def make_model(config: TrainConfig, vocab_size: int, rngs: nnx.Rngs) -> moejax.T
             "top_k": model.moe.top_k,
             "router": model.moe.router,
             "exchange": model.moe.exchange,
-            **routing,
+            "shared_experts": model.moe.shared_experts,
+            # Unset options are the router's own.
+            **{name: value for name, value in asdict(model.moe.routing).items() if value is not None},
         },
         tie_embeddings=model.tie_embeddings,
         rope_theta=model.rope_theta,
@@ -90,6 +91,23 @@ class ModelSpec:
         """The model with these parameters."""
         treedef = jax.tree.structure(self.abstract)
         return nnx.merge(self.graphdef, jax.tree.unflatten(treedef, jax.tree.leaves(params)))
+
+    @property
+    def num_moe_layers(self) -> int:
+        """M."""
+        model = self.config.model
+        return len(moe_layer_numbers(model.moe_layers, model.num_layers))
+
+    @property
+    def has_router_state(self) -> bool:
+        """Whether a router keeps a state that no gradient changes."""
+        return bool(jax.tree.leaves(nnx.filter_state(self.abstract, moejax.RouterState)))
+
+    def balance_routers(self, params: dict[str, Any], load_ME: jax.Array) -> dict[str, Any]:
+        """The parameters with the routers' state after a step whose MoE layers had this load."""
+        model = self.merge(params)
+        model.balance_routers(load_ME)
+        return nnx.to_pure_dict(nnx.state(model))
 
     def logical_axes(self) -> dict[str, Any]:
         """Each parameter's logical axes, `layers` for stacked ones, in the tree of `init_params`."""

@@ -11,11 +11,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TextIO
 
+import numpy as np
+
+from train.balance import LAYERS
 from train.config import LogConfig
 from train.errors import TrainingFailed
 from train.metrics import Metrics
 from train.tensorboard import Board
 from train.terminal import Terminal, make_terminal
+from train.watch import ExpertWatch
 
 
 class Monitor:
@@ -50,6 +54,8 @@ class Monitor:
     ):
         run_dir = Path(run_dir)
         self._tokens_per_step = tokens_per_step
+        self._total_steps, self._experts_every = total_steps, config.experts_every
+        self._watch = ExpertWatch(config.drop_limit, config.dead_after)
         self._mfu_per_token = mfu_per_token
         self._metrics = Metrics(run_dir / "metrics.jsonl")
         self._metrics.truncate_after(start_step if start_step else -1)
@@ -79,8 +85,10 @@ class Monitor:
             self._file_handler.handle(self._logger.makeRecord("moejax", logging.ERROR, "", 0, text, (), None))
         self.close()
 
-    def train(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Report a logged step.
+    def train(
+        self, step: int, metrics: Mapping[str, float], layers: Mapping[str, np.ndarray] | None = None
+    ) -> None:
+        """Report a logged step; with the numbers of each MoE layer (`moe/layers/...`), if it is one of those that do.
 
         Adds `tokens` (since step 0), `step_seconds` and `tokens_per_second` (means over the steps since the
         last report, pauses left out; the first ones have the compilation in them) unless `metrics` has them,
@@ -100,9 +108,12 @@ class Monitor:
         } | dict(metrics)
         if self._mfu_per_token is not None:
             record["mfu"] = record["tokens_per_second"] * self._mfu_per_token
-        self._write(step, record)
+        layers = layers or {}
+        self._write(step, record, layers if self._shows_experts(step) else {})
         with contextlib.suppress(OSError):
             self._terminal.train(step, record)
+        for warning in self._watch(step, record, layers):
+            self._logger.warning("%s", warning)
 
     def evaluation(self, step: int, loss: float) -> None:
         """Report the evaluation loss after `step` steps, in a line of its own; raises like `train`."""
@@ -138,10 +149,19 @@ class Monitor:
                 self._board.close()
             self._board = None
 
-    def _write(self, step: int, record: Mapping[str, float]) -> None:
+    def _shows_experts(self, step: int) -> bool:
+        every = self._experts_every
+        return every > 0 and (step % every == 0 or step in (1, self._total_steps))
+
+    def _write(
+        self, step: int, record: Mapping[str, float], layers: Mapping[str, np.ndarray] | None = None
+    ) -> None:
+        layers = layers or {}
         try:
-            self._metrics.append(record)
+            self._metrics.append({**record, **{LAYERS + name: value for name, value in layers.items()}})
             if self._board is not None:
+                if "load" in layers:
+                    self._board.write_load(step, layers["load"])
                 self._board.write(
                     step, {name: float(value) for name, value in record.items() if name != "step"}
                 )

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from train.balance import LAYERS
 from train.errors import TrainingFailed
 from train.finite import FiniteCheck
 from train.model import ModelSpec
@@ -44,7 +45,7 @@ class Reporter:
         for (step, _, logged), metrics in zip(self._pending, fetched, strict=True):
             self._refuse_nan(step, metrics)
             if logged:
-                self._monitor.train(step, self._scalars(metrics))
+                self._monitor.train(step, self._scalars(metrics), _layers(metrics))
         self._pending.clear()
 
     def refuse_broken(self, step: int, params: Any) -> None:
@@ -84,3 +85,8 @@ class Reporter:
         if memory and "peak_bytes_in_use" in memory:
             line["memory_bytes"] = memory["peak_bytes_in_use"]
         return line
+
+
+def _layers(metrics: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The numbers of each MoE layer, by their short names."""
+    return {name.removeprefix(LAYERS): value for name, value in metrics.items() if name.startswith(LAYERS)}

@@ -15,8 +15,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import moejax
 from moejax.mesh import token_sharding
-from moejax.moe import MoEStats
+from train.balance import moe_metrics
 from train.finite import FiniteCheck
 from train.model import ModelSpec
 
@@ -37,12 +38,14 @@ class TrainState:
       params: nested dicts of f32 arrays.
       opt_state: Optax state.
       key: data of the run's random key, u32, from which each step's is folded; for routers that draw.
+      idle_ME: steps since each expert of each MoE layer last had a token, i32.
     """
 
     step: jax.Array
     params: dict[str, Any]
     opt_state: Any
     key: jax.Array
+    idle_ME: jax.Array
 
 
 def make_init(
@@ -53,7 +56,8 @@ def make_init(
     def init() -> TrainState:
         param_key, key = jax.random.split(jax.random.key(seed))
         params = spec.init_params(param_key)
-        return TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key_data(key))
+        idle_ME = jnp.zeros((spec.num_moe_layers, spec.config.model.moe.num_experts), jnp.int32)
+        return TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key_data(key), idle_ME)
 
     return init
 
@@ -73,20 +77,29 @@ def state_shardings(spec: ModelSpec, state: TrainState, mesh: Mesh) -> TrainStat
 
 def make_loss(
     spec: ModelSpec,
-) -> Callable[[dict[str, Any], Batch, jax.Array, jax.Array], tuple[jax.Array, Metrics]]:
-    """`(params, part, count, key) -> (this part's share of the batch's loss, what it reports)`.
+) -> Callable[..., tuple[jax.Array, Metrics]]:
+    """`(params, part, count, key, batch_load=None) -> (this part's share of the batch's loss, what it reports)`.
 
     `key` is the part's random key. The shares of all accumulation steps add up to cross-entropy per token (of `count`
-    in the whole batch) plus the mean of the auxiliary losses, so their gradients add up too.
+    in the whole batch) plus the mean of the auxiliary losses, so their gradients add up too. With the load of the whole
+    batch (`make_batch_load`) that mean is the loss of the whole batch.
     """
     accumulation = spec.config.optimizer.accumulation_steps
 
     def loss(
-        params: dict[str, Any], part: Batch, count: jax.Array, key: jax.Array
+        params: dict[str, Any],
+        part: Batch,
+        count: jax.Array,
+        key: jax.Array,
+        batch_load: moejax.BatchLoad | None = None,
     ) -> tuple[jax.Array, Metrics]:
         model = spec.merge(params)
         hidden, stats, finite_L, _ = model(
-            part["tokens"], segments_BS=part["segments"], positions_BS=part["positions"], key=key
+            part["tokens"],
+            segments_BS=part["segments"],
+            positions_BS=part["positions"],
+            key=key,
+            batch_load=batch_load,
         )
         cross_entropy = model.loss(hidden, part["targets"], chunk=spec.config.model.loss_chunk) / count
         aux_loss = jnp.float32(0) if stats is None else jnp.sum(stats.aux_loss) / accumulation
@@ -107,15 +120,17 @@ def make_train_step(
     accumulation = spec.config.optimizer.accumulation_steps
     check_finite = FiniteCheck(spec)
     value_and_grad = jax.value_and_grad(make_loss(spec), has_aux=True)
+    routing = spec.config.model.moe.routing
+    needs_batch_load = accumulation > 1 and spec.num_moe_layers > 0 and routing.balance_over == "batch"
+    batch_load_of = make_batch_load(spec)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         count = jnp.maximum(jnp.sum(batch["targets"] >= 0), 1).astype(jnp.float32)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
-        def add_part(grads: Any, numbered: tuple[jax.Array, Batch]) -> tuple[Any, Metrics]:
-            number, part = numbered
-            part_key = jax.random.fold_in(key, number)
-            (_, report), part_grads = value_and_grad(state.params, part, count, part_key)
+        def add_part(grads: Any, keyed: tuple[jax.Array, Batch]) -> tuple[Any, Metrics]:
+            part_key, part = keyed
+            (_, report), part_grads = value_and_grad(state.params, part, count, part_key, batch_load)
             return jax.tree.map(jnp.add, grads, part_grads), report
 
         if accumulation == 1:
@@ -123,11 +138,20 @@ def make_train_step(
             reports = jax.tree.map(lambda x: x[None], report)
         else:
             zeros = jax.tree.map(jnp.zeros_like, state.params)
-            parts = jnp.arange(accumulation), _split(batch, accumulation, mesh)
+            keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(jnp.arange(accumulation))
+            parts = keys, _split(batch, accumulation, mesh)
+            batch_load = batch_load_of(state.params, parts) if needs_batch_load else None
             grads, reports = jax.lax.scan(add_part, zeros, parts)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        idle_ME, moe = state.idle_ME, {}
+        if (stats := reports["stats"]) is not None:
+            load_ME = jnp.sum(stats.load_E, axis=0)
+            idle_ME = jnp.where(load_ME > 0, 0, idle_ME + 1)
+            moe = moe_metrics(stats, idle_ME >= spec.config.log.dead_after)
+            if spec.has_router_state:
+                params = spec.balance_routers(params, load_ME)
         metrics = {
             "loss": jnp.sum(reports["loss"]),
             "aux_loss": jnp.sum(reports["aux_loss"]),
@@ -135,9 +159,9 @@ def make_train_step(
             "learning_rate": schedule(state.step),
             "finite_layers": jnp.all(reports["finite_layers"], axis=0),
             "finite_grads": check_finite(grads),
-            **({} if reports["stats"] is None else moe_metrics(reports["stats"])),
+            **moe,
         }
-        return TrainState(state.step + 1, params, opt_state, state.key), metrics
+        return TrainState(state.step + 1, params, opt_state, state.key, idle_ME), metrics
 
     return step
 
@@ -154,20 +178,25 @@ def _split(batch: Batch, parts: int, mesh: Mesh) -> Batch:
     return jax.tree.map(split, batch)
 
 
-def moe_metrics(stats: MoEStats) -> Metrics:
-    """Scalars of a step from the statistics of its A parts and M layers (leading dimensions [A, M]).
+def make_batch_load(spec: ModelSpec) -> Callable[[dict[str, Any], tuple[jax.Array, Batch]], moejax.BatchLoad]:
+    """`(params, (keys, parts)) -> load of the whole batch` for each MoE layer, by a forward pass over all parts."""
 
-    `moe/max_vio` is the largest of any layer of (max load - mean load) / mean load (Wang et al. 2024, eq. 4).
-    """
-    load_ME = jnp.sum(stats.load_E, axis=0)
-    mean_M = jnp.maximum(jnp.mean(load_ME, axis=-1), 1e-9)
-    return {
-        "moe/max_vio": jnp.max(jnp.max(load_ME, axis=-1) / mean_M - 1),
-        "moe/dead_experts": jnp.sum(load_ME == 0),
-        "moe/dropped_fraction": jnp.sum(stats.dropped) / jnp.maximum(jnp.sum(load_ME), 1),
-        "moe/invalid": jnp.sum(stats.invalid),
-        "moe/rounds": jnp.max(stats.rounds),
-    }
+    def batch_load(params: dict[str, Any], keyed: tuple[jax.Array, Batch]) -> moejax.BatchLoad:
+        def count(_: None, one: tuple[jax.Array, Batch]) -> tuple[None, tuple[jax.Array, jax.Array]]:
+            key, part = one
+            positions, segments = part["positions"], part["segments"]
+            stats = spec.merge(params)(part["tokens"], segments_BS=segments, positions_BS=positions, key=key)[
+                1
+            ]
+            assert stats is not None
+            return None, (stats.router.counted_E, stats.router.tokens)
+
+        counted_AME, tokens_AM = jax.lax.scan(count, None, keyed)[1]
+        tokens_M = jnp.sum(tokens_AM, axis=0)
+        parts_M = jnp.full(tokens_M.shape, float(tokens_AM.shape[0]))
+        return moejax.BatchLoad(jnp.sum(counted_AME, axis=0), tokens_M, parts_M)
+
+    return batch_load
 
 
 def make_eval_step(spec: ModelSpec) -> Callable[[dict[str, Any], Batch], tuple[jax.Array, jax.Array]]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Protocol, TextIO
 
+_ONLY_IF_ANY = ("moe/dropped_fraction", "moe/dead_experts")
 _PLAIN_SECONDS = 5.0  # between plain lines: a log file should stay readable
 
 
@@ -64,9 +65,12 @@ def summary(metrics: Mapping[str, float]) -> str:
         for name, label, form in (
             ("loss", "loss", ".4f"),
             ("moe/max_vio", "balance", ".2f"),
+            ("moe/load_entropy", "spread", ".0%"),
+            ("moe/dropped_fraction", "dropped", ".1%"),
+            ("moe/dead_experts", "dead", "d"),
             ("tokens_per_second", "tokens/s", ",.0f"),
         )
-        if name in metrics
+        if name in metrics and not (name in _ONLY_IF_ANY and not metrics[name])
     ]
     return "  ".join(parts)
 

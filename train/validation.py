@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import pathlib
+import re
 from collections.abc import Callable
 
 from train.config import MeshConfig, TrainConfig
@@ -52,9 +53,30 @@ RANGES: dict[str, Rule] = {
     "model.rope_theta": POSITIVE,
     "model.loss_chunk": COUNT,
     "model.moe.num_experts": WIDTH,
+    "model.moe.shared_experts": COUNT_OR_ZERO,
     "model.moe.d_hidden": WIDTH,
     "model.moe.routing.balance_weight": NOT_NEGATIVE,
     "model.moe.routing.z_weight": NOT_NEGATIVE,
+    "model.moe.routing.importance_weight": NOT_NEGATIVE,
+    "model.moe.routing.load_weight": NOT_NEGATIVE,
+    "model.moe.routing.groups": COUNT,
+    "model.moe.routing.capacity_factor": POSITIVE,
+    "model.moe.routing.eval_capacity_factor": POSITIVE,
+    "model.moe.routing.jitter": DECAY,
+    "model.moe.routing.bias_rate": NOT_NEGATIVE,
+    "model.moe.routing.expert_groups": COUNT,
+    "model.moe.routing.limit_groups": COUNT,
+    "model.moe.routing.scale": POSITIVE,
+    "model.moe.routing.max_experts": COUNT,
+    "model.moe.routing.iterations": COUNT,
+    "model.moe.routing.hash_seed": SEED,
+    "model.moe.routing.expert": COUNT_OR_ZERO,
+    "model.moe.routing.projection": COUNT,
+    "model.moe.routing.devices": COUNT,
+    "model.moe.routing.budget_factor": POSITIVE,
+    "model.moe.routing.nodes": COUNT,
+    "model.moe.routing.off_node_share": SHARE,
+    "model.moe.routing.tile": COUNT,
     "optimizer.learning_rate": POSITIVE,
     "optimizer.adam_learning_rate": POSITIVE,
     "optimizer.muon_iterations": whole(1, 100),
@@ -74,7 +96,13 @@ RANGES: dict[str, Rule] = {
     "eval.every": COUNT_OR_ZERO,
     "eval.max_batches": COUNT,
     "log.every": COUNT,
+    "log.experts_every": COUNT_OR_ZERO,
+    "log.dead_after": COUNT,
+    "log.drop_limit": SHARE,
 }
+
+LOSSES = ("balance_weight", "balance_over", "z_weight", "importance_weight", "load_weight")
+"""Fields of `model.moe.routing` that are no option of one router."""
 
 NOT_EMPTY = ("workdir", "data.path", "data.validation_path", "data.text_field", "data.tokenizer")
 
@@ -175,15 +203,55 @@ def _check_moe(config: TrainConfig) -> None:
     is_dense = not moe_layer_numbers(config.model.moe_layers, config.model.num_layers)
     if is_dense and moe.top_k is None:
         return
-    own_top_k = ROUTERS[moe.router].default_top_k
-    top_k = own_top_k if moe.top_k is None else moe.top_k
-    if not 1 <= top_k <= moe.num_experts:
-        value = moe.top_k if moe.top_k is not None else f"unset ({own_top_k} for router {moe.router})"
-        rule = f"must be between 1 and model.moe.num_experts ({moe.num_experts})"
-        raise ConfigError("model.moe.top_k", value, rule)
+    _check_router(config)
     if not is_dense and moe.num_experts % config.mesh.expert:
         rule = f"must be divisible by mesh.expert ({config.mesh.expert})"
         raise ConfigError("model.moe.num_experts", moe.num_experts, rule)
+
+
+def _check_router(config: TrainConfig) -> None:
+    """The router itself says what it takes: it is traced with the options that are set."""
+    from flax import nnx
+
+    from moejax.routing import ROUTERS, BadOption, make_router, router_options
+
+    moe = config.model.moe
+    group = "model.moe.routing."
+    # What stands before the routers' own options are the losses that every router can have.
+    fields = {field.name: getattr(moe.routing, field.name) for field in dataclasses.fields(moe.routing)}
+    options = {name: value for name, value in fields.items() if value is not None and name not in LOSSES}
+    known = router_options(moe.router)
+    for name, value in options.items():
+        if name not in known:
+            others = [f"{group}{option}" for option in known]
+            has = f"its options: {', '.join(others)}" if others else "it has none"
+            raise ConfigError(group + name, value, f"router {moe.router} has no such option; {has}")
+    own_top_k = ROUTERS[moe.router].default_top_k
+    if moe.top_k is None and own_top_k > moe.num_experts:
+        rule = f"must be between 1 and model.moe.num_experts ({moe.num_experts})"
+        raise ConfigError("model.moe.top_k", f"unset ({own_top_k} for router {moe.router})", rule)
+    try:
+        nnx.eval_shape(
+            lambda: make_router(
+                moe.router,
+                config.model.d_model,
+                moe.num_experts,
+                top_k=moe.top_k,
+                rngs=nnx.Rngs(0),
+                **options,
+            )
+        )
+    except BadOption as error:
+        field = "model.moe.top_k" if error.argument == "top_k" else group + error.argument
+        rule = re.sub(r"\b(num_experts|top_k)\b", r"model.moe.\1", error.rule)
+        raise ConfigError(field, error.value, rule) from error
+    tokens = config.data.batch_size // config.optimizer.accumulation_steps * config.data.sequence_length
+    if moe.routing.groups is not None and tokens % moe.routing.groups:
+        rule = f"must divide the tokens of a batch or of an accumulation part ({tokens})"
+        raise ConfigError(group + "groups", moe.routing.groups, rule)
+    if moe.routing.load_weight and moe.router != "noisy":
+        rule = f"must be 0 or unset: only router noisy knows the chances of its choices, not {moe.router}"
+        raise ConfigError(group + "load_weight", moe.routing.load_weight, rule)
 
 
 def _check_batch(config: TrainConfig, mesh: MeshConfig) -> None:

@@ -1,6 +1,3 @@
-import sys
-import types
-
 import pytest
 
 from train.config import MeshConfig, TrainConfig
@@ -8,15 +5,6 @@ from train.config_io import find_config
 from train.errors import ConfigError
 from train.fields import leaf_types, override
 from train.validation import RANGES, moe_layer_numbers, resolve_mesh, validate
-
-
-@pytest.fixture(autouse=True)
-def known_names(monkeypatch):
-    """Two routers with different numbers of their own, whatever moejax has."""
-    routers = {name: types.SimpleNamespace(default_top_k=k) for name, k in (("topk", 2), ("switch", 1))}
-    exchanges = {"all_to_all": object}
-    monkeypatch.setitem(sys.modules, "moejax.routing", types.SimpleNamespace(ROUTERS=routers))
-    monkeypatch.setitem(sys.modules, "moejax.exchange", types.SimpleNamespace(EXCHANGES=exchanges))
 
 
 def test_every_number_of_the_config_has_a_range():

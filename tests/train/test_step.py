@@ -16,7 +16,7 @@ from moejax.cost import peak_flops
 from tests import tolerance
 from tests.moejax import oracle
 from tests.train import small
-from train.config import ModelConfig, MoEConfig, OptimizerConfig, RoutingConfig
+from train.config import LogConfig, ModelConfig, MoEConfig, OptimizerConfig
 from train.errors import TrainingFailed
 from train.model import ModelSpec
 from train.program import _compiler_options
@@ -62,7 +62,9 @@ class DenseMoE(moejax.MoE):
         zero = jnp.int32(0)
         aux = self.balance_weight * balance + self.z_weight * z
         load = jnp.zeros(self.num_experts, jnp.int32)
-        return y.reshape(x.shape), moejax.MoEStats(aux, balance, z, load, zero, zero, zero)
+        nothing = jnp.float32(0)
+        router = moejax.RouterStats(load.astype(jnp.float32), *[nothing] * 5)
+        return y.reshape(x.shape), moejax.MoEStats(aux, balance, z, load, zero, zero, zero, router)
 
 
 @pytest.mark.parametrize("layout", [(1, 1), (2, 4)], ids=str)
@@ -88,12 +90,8 @@ def test_gradients_at_step_0_are_those_of_the_dense_oracle(layout, monkeypatch):
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch():
-    # The auxiliary losses are means over each part; without them everything is a sum over tokens.
-    routing = RoutingConfig(balance_weight=0.0, z_weight=0.0)
-    model = small.config().model
-    whole = small.config(
-        model=dataclasses.replace(model, moe=dataclasses.replace(model.moe, routing=routing))
-    )
+    # The balance loss too: with parts of 2 of 8 sequences, of which one has fewer valid tokens.
+    whole = small.config()
     parts = dataclasses.replace(whole, optimizer=dataclasses.replace(whole.optimizer, accumulation_steps=4))
     a, b = (losses(run, 2, 1, 3) for run in (parts, whole))
     np.testing.assert_allclose(a, b, rtol=tolerance.F32_MODEL)
@@ -163,7 +161,8 @@ def test_metrics_of_a_dense_model_have_no_moe_fields():
 
 def test_one_expert_counts_as_dead_when_it_gets_no_token():
     run = small.config(
-        model=ModelConfig(num_layers=2, d_model=16, num_heads=2, moe=MoEConfig(num_experts=512, d_hidden=2))
+        model=ModelConfig(num_layers=2, d_model=16, num_heads=2, moe=MoEConfig(num_experts=512, d_hidden=2)),
+        log=LogConfig(every=1, dead_after=1, tensorboard=False),
     )
     metrics = small.Steps(run).take(small.random_batch(run, 0))
     chosen = 2 * (8 * 16 - 3)

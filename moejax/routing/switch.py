@@ -1,0 +1,64 @@
+"""Switch: one expert per token, jitter and a capacity.
+
+Shapes: T tokens, D model width, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moejax.routing.capacity import Capacity
+from moejax.routing.decision import Routing, only_valid, softmax_top_k, valid_tokens
+from moejax.routing.groups import draw
+from moejax.routing.router import BadOption, LinearRouter
+
+
+class Switch(LinearRouter):
+    """Top-1, weighted by its probability (Fedus et al. 2021, section 2).
+
+    Args:
+      jitter: in training the router sees x * uniform(1 - jitter, 1 + jitter).
+      capacity_factor, eval_capacity_factor, drop_by, groups: see `Capacity`.
+      router_bias: add a learned bias to the logits.
+    """
+
+    default_top_k: ClassVar[int] = 1
+    only_top_k: ClassVar[int | None] = 1
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        *,
+        top_k: int | None = None,
+        jitter: float = 0.01,
+        capacity_factor: float = 1.25,
+        eval_capacity_factor: float = 2.0,
+        drop_by: str = "position",
+        groups: int = 1,
+        router_bias: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(d_model, num_experts, top_k, router_bias, rngs)
+        if not 0 <= jitter < 1:
+            raise BadOption("jitter", jitter, "must be at least 0 and below 1")
+        self.jitter = jitter
+        self.capacity = Capacity(capacity_factor, eval_capacity_factor, drop_by, groups)
+
+    def __call__(self, x_TD, *, token_mask_T=None, token_ids_T=None, key=None) -> Routing:
+        """As `Router`."""
+        valid_T = valid_tokens(x_TD, token_mask_T)
+        capacity_key = None
+        if key is not None:
+            jitter_key, capacity_key = jax.random.split(key)
+            uniform_TD = draw(jax.random.uniform, jitter_key, x_TD.shape[0], x_TD.shape[1:])
+            x_TD = x_TD.astype(jnp.float32) * (1 + self.jitter * (2 * uniform_TD - 1))
+        logits_TE = self.logits(x_TD)
+        wanted_TK, weights_TK, scores_TE = softmax_top_k(logits_TE, 1)
+        wanted_TK = only_valid(wanted_TK, valid_T)
+        ids_TK, dropped_T = self.capacity(wanted_TK, weights_TK, self.num_experts, capacity_key)
+        return Routing(ids_TK, weights_TK, logits_TE, scores_TE, valid_T, wanted_TK, dropped_T)

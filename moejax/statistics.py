@@ -1,0 +1,71 @@
+"""What a router did with a batch, computed where the batch is: no field needs the host.
+
+Shapes: T tokens on this device, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from moejax.losses import count_choices, count_tokens
+from moejax.routing import Routing
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RouterStats:
+    """Over the global batch; every field the same on all devices and without gradient.
+
+    Fields:
+      counted_E: choices per expert that the balance loss counts, f32.
+      tokens: valid tokens, f32.
+      dropped: choices that the router took away (capacity, budget), i32.
+      entropy: of a token's scores over the experts, mean, in nats; log(E) when it does not care, 0 when it is sure.
+      logit_norm: root mean square of the logits.
+      z: mean of logsumexp(logits).
+    """
+
+    counted_E: jax.Array
+    tokens: jax.Array
+    dropped: jax.Array
+    entropy: jax.Array
+    logit_norm: jax.Array
+    z: jax.Array
+
+
+def router_stats(routing: Routing, axes: Sequence[str] = ()) -> RouterStats:
+    """The statistics of one routing; `axes` are the mesh axes over which tokens are split."""
+    routing = jax.lax.stop_gradient(routing)
+    sum_all = lambda x: jax.lax.psum(x, tuple(axes)) if axes else x  # noqa: E731
+    valid_T, logits_TE = routing.valid_T, routing.logits_TE
+    finite_TE = jnp.where(jnp.isfinite(logits_TE), logits_TE, 0)
+    per_token_3T = jnp.stack(
+        [
+            jnp.sum(jax.scipy.special.entr(routing.scores_TE), axis=1),
+            jnp.mean(finite_TE * finite_TE, axis=1),
+            jax.nn.logsumexp(logits_TE, axis=1),
+        ]
+    )
+    tokens = count_tokens(routing, axes)
+    sums_3 = sum_all(jnp.sum(jnp.where(valid_T[None, :], per_token_3T, 0), axis=1))
+    entropy, square, z = sums_3 / jnp.maximum(tokens, 1)
+    dropped = jnp.int32(0) if routing.dropped_T is None else sum_all(jnp.sum(routing.dropped_T))
+    return RouterStats(count_choices(routing, axes), tokens, dropped, entropy, jnp.sqrt(square), z)
+
+
+def max_violation(load_E: jax.Array) -> jax.Array:
+    """(largest load - mean load) / mean load over the last dimension (Wang et al. 2024, eq. 4); 0 without load."""
+    mean = jnp.mean(load_E, axis=-1)
+    return jnp.where(mean > 0, jnp.max(load_E, axis=-1) / jnp.where(mean > 0, mean, 1) - 1, 0)
+
+
+def load_entropy(load_E: jax.Array) -> jax.Array:
+    """Entropy of the experts' shares over log(E), last dimension: 1 when balanced, 0 when one takes all."""
+    total = jnp.sum(load_E, axis=-1, keepdims=True)
+    share_E = load_E / jnp.maximum(total, 1)
+    return jnp.sum(jax.scipy.special.entr(share_E), axis=-1) / math.log(max(load_E.shape[-1], 2))

@@ -1,0 +1,165 @@
+"""The report: one page that needs nothing else, from a run's files; what each expert is there for."""
+
+import base64
+import dataclasses
+import html.parser
+import io
+
+import numpy as np
+import pytest
+from matplotlib import image
+
+from tests.train import small
+from train import cli
+from train.config import MoEConfig
+from train.config_io import save_config
+from train.errors import ConfigError
+from train.metrics import Metrics
+from train.report import write_report
+from train.report.page import visible
+from train.report.runs import read_run
+from train.report.specialisation import count_choices, pairs, preferences
+
+
+class Page(html.parser.HTMLParser):
+    """What stands in a page: tags that load something, pictures, and the cells of its tables."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.sources, self.pictures, self.cells, self.open = [], {}, [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.sources += [attrs[name] for name in ("src", "href") if name in attrs]
+        if tag == "img":
+            self.pictures[attrs["alt"]] = base64.b64decode(attrs["src"].partition("base64,")[2])
+        if tag in ("td", "th"):
+            self.cells.append("")
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self.open.pop()
+
+    def handle_data(self, data):
+        if self.open:
+            self.cells[-1] += data
+
+
+def write_run(directory, router="topk", steps=6):
+    """A run's files as training writes them, without having trained."""
+    directory.mkdir()
+    run = small.config()
+    moe = MoEConfig(num_experts=4, d_hidden=8, router=router)
+    run = dataclasses.replace(run, steps=steps, model=dataclasses.replace(run.model, moe=moe))
+    save_config(run, directory / "config.yaml")
+    metrics, random = Metrics(directory / "metrics.jsonl"), np.random.default_rng(0)
+    for step in range(1, steps + 1):
+        layers = {
+            "load": random.integers(0, 9, (2, 4)),
+            "max_vio": random.random(2),
+            "router_entropy": random.random(2),
+        }
+        scalars = {
+            "loss": 3 / step,
+            "tokens_per_second": 100.0,
+            "moe/max_vio": 0.25,
+            "moe/dropped_fraction": 0.1,
+        }
+        detail = {f"moe/layers/{name}": value for name, value in layers.items()} if step % 2 else {}
+        metrics.append({"step": step, **scalars, **detail})
+        if step % 3 == 0:
+            metrics.append({"step": step, "eval/loss": 4 / step})
+    metrics.close()
+    return directory
+
+
+def test_one_page_has_everything_in_it(tmp_path):
+    run = write_run(tmp_path / "<td>run & co")
+    path = write_report([run])
+    assert path == run / "report" / "report.html"
+    page = Page(path.read_text(encoding="utf-8"))
+    assert page.sources and all(source.startswith("data:image/png;base64,") for source in page.sources)
+    names = {"loss", "tokens_per_second", "moe_max_vio", "moe_dropped_fraction", "-td-run---co-load"}
+    assert names <= set(page.pictures)
+    for name, picture in page.pictures.items():
+        assert (run / "report" / f"{name}.png").read_bytes() == picture
+        pixels = image.imread(io.BytesIO(picture))
+        assert min(pixels.shape[:2]) > 200 and pixels[..., :3].std() > 0.02, f"{name} is not empty"
+    first_row = page.cells[page.cells.index("<td>run & co") :]
+    assert first_row[:6] == ["<td>run & co", "topk", "6 of 6", "0.5000", "0.6667", "0.6667"]
+    assert "has no checkpoint yet" in path.read_text(encoding="utf-8")
+
+
+def test_runs_side_by_side(tmp_path):
+    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", router="switch", steps=3)]
+    page = Page(write_report(runs, str(tmp_path / "out")).read_text(encoding="utf-8"))
+    assert (tmp_path / "out" / "comparison.html").is_file()
+    for field, *values in (("model.moe.router", "topk", "switch"), ("steps", "6", "3")):
+        row = page.cells.index(field, page.cells.index("field"))
+        assert page.cells[row : row + 3] == [field, *values]
+    assert {"a-load", "b-load"} <= set(page.pictures)
+
+
+def test_load_is_a_multiple_of_the_even_share(tmp_path):
+    steps, load = read_run(write_run(tmp_path / "run")).load()
+    assert steps.tolist() == [1, 3, 5] and load.shape == (3, 2, 4)
+    np.testing.assert_allclose(load.mean(axis=2), 1)
+
+
+def test_bad_runs_are_named(tmp_path, capsys):
+    assert cli.main(["report", str(tmp_path / "nothing")]) == 2
+    assert "error: RUN = " in capsys.readouterr().err
+    assert cli.main(["report"]) == 2
+    run = write_run(tmp_path / "run")
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(ConfigError, match="has logged no step yet"):
+        read_run(run)
+
+
+def test_counts_preferences_and_pairs():
+    tokens = np.array([0] * 10 + [1] * 10 + [2] * 3)
+    ids = np.array([[0, 1]] * 10 + [[1, 2]] * 9 + [[0, -1]] + [[2, 0]] * 3)
+    counts = count_choices(tokens, ids, 4, 3)
+    assert counts.tolist() == [[10, 10, 0], [1, 9, 9], [3, 0, 3], [0, 0, 0]]
+    liked = preferences(counts, ["a", "b", "rare", "never"])
+    assert [[(one.text, round(one.share, 3)) for one in expert] for expert in liked] == [
+        [("a", 0.5)],
+        [("a", 0.5), ("b", 0.474)],
+        [("b", 0.474)],
+    ]
+    together = pairs(ids, 3)
+    assert together[0, 1] == pytest.approx(10 / (14 * 19 / 23)) and not np.diag(together).any()
+    np.testing.assert_array_equal(together, together.T)
+
+
+def test_blanks_and_control_characters_are_shown():
+    assert [visible(text) for text in (" a", "\n", "\t", "\x00", "", "é")] == [
+        "␣a",
+        "↵",
+        "⇥",
+        "\\x00",
+        "∅",
+        "é",
+    ]
+
+
+@pytest.mark.slow
+def test_report_of_a_trained_run(tmp_path, capsys):
+    run = small.config(steps=4)
+    run = dataclasses.replace(
+        run, data=dataclasses.replace(run.data, path=str(small.write_text(tmp_path / "text")))
+    )
+    config = small.write_config(tmp_path / "small.py", run)
+    assert cli.main(["train", str(config), "--workdir", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    assert cli.main(["report", str(tmp_path / "run")]) == 0
+    path = tmp_path / "run" / "report" / "report.html"
+    assert capsys.readouterr().out.strip() == str(path)
+    page = Page(path.read_text(encoding="utf-8"))
+    assert "run-pairs" in page.pictures and "MoE layer" in page.cells
+    table = page.cells[page.cells.index("MoE layer") + 4 :]
+    assert len(table) == 4 * 2 * 8 and any("%" in cell for cell in table[3::4])
+    shares = np.array([float(cell.rstrip("%")) for cell in table[2::4]]).reshape(2, 8)
+    np.testing.assert_allclose(shares.sum(axis=1), 100, atol=0.5)

@@ -1,0 +1,135 @@
+"""The report's pictures, drawn by matplotlib without a display.
+
+Shapes: N logged steps, M MoE layers, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from train.balance import LAYERS
+from train.report.runs import Run
+
+# Inches of a picture that stands beside another; a wider one has a line of the page to itself.
+WIDTH = 6.2
+# A load of twice the even share or more has the last colour.
+_FULL = 2.0
+_CURVES = {
+    "tokens_per_second": ("Throughput", "tokens per second"),
+    "grad_norm": ("Gradient norm", "norm"),
+    "moe/max_vio": ("Balance: MaxVio of the worst layer", "largest load over mean load, minus 1"),
+    "moe/router_entropy": ("Router entropy, mean of the layers", "nats"),
+    "moe/dropped_fraction": ("Dropped choices", "share of all choices"),
+    "moe/rounds": ("Rounds of the exchange, most of any layer", "rounds"),
+    "moe/dead_experts": ("Dead experts", "experts without a token for long"),
+}
+
+
+def loss_curves(runs: Sequence[Run]) -> Figure:
+    """Training loss of each run as a line, its evaluations as points of the same colour."""
+    figure, axes = _figure("Loss", "nats per token")
+    for number, run in enumerate(runs):
+        colour = f"C{number}"
+        axes.plot(*run.series("loss"), color=colour, alpha=0.6, linewidth=1.2, label=f"{run.name}: training")
+        if run.evaluations:
+            axes.plot(*run.losses(), "o-", color=colour, markersize=4, label=f"{run.name}: evaluation")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def curves(runs: Sequence[Run]) -> dict[str, Figure]:
+    """One picture per scalar that any run has, with a line per run."""
+    figures = {}
+    for field, (title, unit) in _CURVES.items():
+        drawn = [(number, run, *run.series(field)) for number, run in enumerate(runs)]
+        drawn = [(number, run, steps, values) for number, run, steps, values in drawn if len(steps)]
+        if not drawn:
+            continue
+        figure, axes = _figure(title, unit)
+        for number, run, steps, values in drawn:
+            axes.plot(steps, values, color=f"C{number}", linewidth=1.2, label=run.name)
+        axes.set_ylim(bottom=0)
+        if len(runs) > 1:
+            axes.legend(fontsize=8)
+        figures[field.replace("/", "_")] = figure
+    return figures
+
+
+def load_over_time(run: Run) -> Figure | None:
+    """For each MoE layer: experts against steps, the colour their load; None where it was not logged."""
+    steps_N, load_NME = run.load()
+    if not len(steps_N):
+        return None
+    num_layers, num_experts = load_NME.shape[1:]
+    rows = -(-num_layers // 2)
+    figure = Figure(figsize=(9, 0.7 + rows * (1.1 + min(num_experts, 64) * 0.06)), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, min(2, num_layers), squeeze=False).ravel()
+    # The numbers of a step hold until the next logged one.
+    edges = np.append(steps_N, steps_N[-1] + max(1, steps_N[-1] - steps_N[-2] if len(steps_N) > 1 else 1))
+    for layer, axes in enumerate(grid):
+        if layer >= num_layers:
+            axes.axis("off")
+            continue
+        image = axes.pcolormesh(
+            edges, np.arange(num_experts + 1) - 0.5, load_NME[:, layer].T, cmap="viridis", vmin=0, vmax=_FULL
+        )
+        axes.set_title(f"MoE layer {layer}", fontsize=9)
+        axes.set_xlabel("step", fontsize=8)
+        axes.set_ylabel("expert", fontsize=8)
+        axes.tick_params(labelsize=7)
+    figure.colorbar(image, ax=grid.tolist(), label="load over even share", extend="max", shrink=0.8)
+    return figure
+
+
+def by_layer(run: Run, field: str, title: str, unit: str) -> Figure | None:
+    """A number of each MoE layer over the steps; None where it was not logged."""
+    steps_N, values_NM = run.series(LAYERS + field)
+    if values_NM.ndim != 2:
+        return None
+    figure, axes = _figure(title, unit)
+    for layer in range(values_NM.shape[1]):
+        shade = 0.15 + 0.7 * layer / max(values_NM.shape[1] - 1, 1)
+        axes.plot(
+            steps_N, values_NM[:, layer], color=(shade, 0.3, 1 - shade), linewidth=1, label=f"layer {layer}"
+        )
+    axes.set_ylim(bottom=0)
+    if values_NM.shape[1] <= 12:
+        axes.legend(fontsize=7, ncols=2)
+    return figure
+
+
+def coactivation(pairs_MEE: np.ndarray) -> Figure:
+    """How often two experts are chosen by the same token, as a multiple of what independence would give."""
+    num_layers = len(pairs_MEE)
+    columns = min(4, num_layers)
+    rows = -(-num_layers // columns)
+    figure = Figure(figsize=(2.3 * columns + 0.9, 2.3 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for layer, axes in enumerate(grid):
+        if layer >= num_layers:
+            axes.axis("off")
+            continue
+        image = axes.imshow(pairs_MEE[layer], cmap="magma", vmin=0, vmax=2.5)
+        axes.set_title(f"MoE layer {layer}", fontsize=9)
+        axes.tick_params(labelsize=7)
+    figure.suptitle("Experts chosen together", fontsize=10)
+    figure.colorbar(image, ax=grid.tolist(), label="over independent", extend="max", shrink=0.8)
+    return figure
+
+
+def _figure(title: str, unit: str):
+    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("step", fontsize=8)
+    axes.set_ylabel(unit, fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25)
+    return figure, axes

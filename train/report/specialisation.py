@@ -1,0 +1,145 @@
+"""Which tokens each expert prefers, and which experts go together, measured on evaluation text.
+
+Shapes: T tokens, M MoE layers, E experts, K experts per token, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from train.config import TrainConfig
+from train.data import load_corpus, load_tokenizer, validation_batches
+from train.errors import ConfigError
+from train.evaluate import restore_params
+from train.model import ModelSpec, product_precision
+from train.report.runs import Run
+
+_TOKENS = 16_384
+_SHOWN = 8
+# Rarer tokens say little of an expert.
+_AT_LEAST = 8
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A token that an expert gets more often than its share.
+
+    Fields:
+      text: of the token.
+      share: of the token's choices that go to this expert.
+    """
+
+    text: str
+    share: float
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """What the experts of a checkpoint are there for.
+
+    Fields:
+      step: of the checkpoint.
+      tokens: looked at.
+      load_ME: share of all choices.
+      preferences: for each MoE layer and expert, the tokens that it prefers most.
+      pairs_MEE: choices of two experts by one token, over what independent choices would give.
+    """
+
+    step: int
+    tokens: int
+    load_ME: np.ndarray
+    preferences: list[list[list[Preference]]]
+    pairs_MEE: np.ndarray
+
+
+def specialisation(run: Run) -> Specialisation | None:
+    """Look at the newest checkpoint of a run with some of its validation text; None for a dense model.
+
+    Raises:
+      ConfigError: no sound checkpoint, or the data has gone.
+    """
+    config = run.config
+    tokenizer = load_tokenizer(run.directory)
+    spec = ModelSpec.from_config(config, tokenizer.vocab_size)
+    if not spec.num_moe_layers:
+        return None
+    corpus = load_corpus(config.data, tokenizer)
+    step, params, _ = restore_params(run.directory, config, spec.abstract_params(None))
+    model = spec.merge(params)
+
+    @jax.jit
+    def ids_of(tokens_BS, segments_BS, positions_BS):
+        with product_precision(config):
+            found = model.routings(tokens_BS, segments_BS=segments_BS, positions_BS=positions_BS)
+        return jnp.stack([routing.ids_TK for routing in found])
+
+    tokens_T, ids_MTK = [], []
+    for batch in _some_batches(corpus, config):
+        arrays = (jnp.asarray(batch[name]) for name in ("tokens", "segments", "positions"))
+        tokens_T.append(batch["tokens"].reshape(-1))
+        ids_MTK.append(np.asarray(ids_of(*arrays)))
+    all_tokens_T, all_ids_MTK = np.concatenate(tokens_T), np.concatenate(ids_MTK, axis=1)
+    num_experts = config.model.moe.num_experts
+    texts = [tokenizer.decode([token]) for token in range(tokenizer.vocab_size)]
+    counts_MVE = [count_choices(all_tokens_T, ids, len(texts), num_experts) for ids in all_ids_MTK]
+    load_ME = np.stack([counts_VE.sum(axis=0) for counts_VE in counts_MVE]).astype(float)
+    return Specialisation(
+        step,
+        len(all_tokens_T),
+        load_ME / np.maximum(load_ME.sum(axis=1, keepdims=True), 1),
+        [preferences(counts_VE, texts) for counts_VE in counts_MVE],
+        np.stack([pairs(ids, num_experts) for ids in all_ids_MTK]),
+    )
+
+
+def _some_batches(corpus, config: TrainConfig):
+    length = config.data.sequence_length
+    rows = max(1, min(16, _TOKENS // length))
+    return validation_batches(corpus, rows, length, max(1, _TOKENS // (rows * length)))
+
+
+def count_choices(tokens_T: np.ndarray, ids_TK: np.ndarray, vocabulary: int, num_experts: int) -> np.ndarray:
+    """How often each token chose each expert, [V, E]."""
+    counts_VE = np.zeros((vocabulary, num_experts), np.int64)
+    chosen_TK = ids_TK >= 0
+    of_T = np.broadcast_to(tokens_T[:, None], ids_TK.shape)
+    np.add.at(counts_VE, (of_T[chosen_TK], ids_TK[chosen_TK]), 1)
+    return counts_VE
+
+
+def preferences(counts_VE: np.ndarray, texts: list[str]) -> list[list[Preference]]:
+    """For each expert the tokens of which it has the largest share, above its share of everything."""
+    total_V = counts_VE.sum(axis=1)
+    share_VE = counts_VE / np.maximum(total_V, 1)[:, None]
+    overall_E = counts_VE.sum(axis=0) / max(counts_VE.sum(), 1)
+    often_V = total_V >= _AT_LEAST
+    result = []
+    for expert in range(counts_VE.shape[1]):
+        liked = np.flatnonzero(often_V & (share_VE[:, expert] > overall_E[expert]))
+        best = liked[np.argsort(-share_VE[liked, expert], kind="stable")][:_SHOWN]
+        result.append([Preference(texts[token], float(share_VE[token, expert])) for token in best])
+    return result
+
+
+def pairs(ids_TK: np.ndarray, num_experts: int) -> np.ndarray:
+    """[E, E]: tokens that chose both experts over tokens * P(one) * P(other); the diagonal is 0."""
+    chosen_TE = np.zeros((len(ids_TK), num_experts))
+    rows, columns = np.nonzero(ids_TK >= 0)
+    chosen_TE[rows, ids_TK[rows, columns]] = 1
+    together_EE = chosen_TE.T @ chosen_TE
+    count_E = chosen_TE.sum(axis=0)
+    apart_EE = count_E[:, None] * count_E[None, :] / max(len(ids_TK), 1)
+    ratio_EE = together_EE / np.maximum(apart_EE, 1e-9)
+    return np.where(np.eye(num_experts, dtype=bool), 0, ratio_EE)
+
+
+def try_specialisation(run: Run) -> tuple[Specialisation | None, str]:
+    """As `specialisation`, and why there is none: a report without it is still a report."""
+    try:
+        return specialisation(run), "The model has no MoE layers."
+    except ConfigError as error:
+        return None, str(error)
