@@ -5,6 +5,7 @@ import jax
 import numpy as np
 import pytest
 
+import custom_ops  # noqa: F401  (whole, before one of its modules is replaced)
 from train import doctor
 
 
