@@ -77,7 +77,8 @@ def _move_tokens(x_TD, plan: DispatchPlan, weights_TK=None):
 
     def library(x_TD, plan, weights_TK):
         rows = jax.ShapeDtypeStruct((plan.choice_N.shape[0], x_TD.shape[1]), x_TD.dtype)
-        weights = _or_none(weights_TK, x_TD.dtype)
+        # Without weights any dtype is moved, also one that jax does not promote.
+        weights = _or_none(weights_TK, jnp.float32 if weights_TK is None else x_TD.dtype)
         return native.call("moejax_permute", rows, x_TD, plan.position_TK, plan.choice_N, weights)
 
     return native.by_platform(

@@ -212,6 +212,15 @@ class TestGathers(PermuteConformance):
     ops = custom_ops
 
 
+def test_8_bit_floats_are_moved():
+    """jax promotes them to nothing, so nothing may ask it to."""
+    plan = plan_of("clipped")
+    x = jnp.arange(55, dtype=jnp.float32).reshape(11, 5).astype(jnp.float8_e4m3fn)
+    moved = custom_ops.permute(x, plan)
+    assert moved.dtype == x.dtype
+    np.testing.assert_array_equal(moved.astype(jnp.float32), reference.permute(x.astype(jnp.float32), plan))
+
+
 def test_gradients_scatter_no_floats():
     plan, x, _, weights = case("clipped")
 
