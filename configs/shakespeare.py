@@ -23,15 +23,17 @@ from train.config import (
 def config() -> TrainConfig:
     """4 MoE layers of 8 experts, 2 per token; each batch 32 × 64 characters."""
     return TrainConfig(
-        steps=480,
+        steps=620,
         data=DataConfig(path="tinyshakespeare.txt", tokenizer="char", batch_size=32, sequence_length=64),
         model=ModelConfig(num_heads=2, moe=MoEConfig(num_experts=8, top_k=2, d_hidden=80)),
         optimizer=OptimizerConfig(
             name="muon",
-            learning_rate=0.015,
+            learning_rate=0.02,
             adam_learning_rate=0.008,
             muon_iterations=4,
-            warmup_steps=40,
+            schedule="wsd",
+            decay_fraction=0.8,
+            warmup_steps=20,
             final_fraction=0.02,
         ),
         checkpoint=CheckpointConfig(every=0),
