@@ -4,7 +4,8 @@
 
 Both train on the embedded corpus (the source of the Python standard library, bytes), one after the other on this
 machine, and are evaluated on the whole validation split. The dense twin's hidden width is chosen such that a token
-meets as many parameters as in the MoE.
+meets as many parameters as in the MoE. A third run is the MoE once more with as many steps as fit into the dense twin's
+training time, going by the measured times of the first two: its learning rate has come down when that time is over.
 """
 
 import argparse
@@ -81,6 +82,9 @@ def main() -> None:
     configs["dense"] = dense_twin(configs["MoE"])
     with tempfile.TemporaryDirectory() as folder:
         points = {name: run(config, pathlib.Path(folder) / name) for name, config in configs.items()}
+        (_, moe_seconds, _), (_, budget, dense_end) = points["MoE"][-1], points["dense"][-1]
+        short_steps = max(round(steps * budget / moe_seconds), 1)
+        short = run(moe_config(short_steps), pathlib.Path(folder) / "short")
     counts = {
         name: ModelSpec.from_config(config, VOCAB).count_parameters() for name, config in configs.items()
     }
@@ -88,10 +92,11 @@ def main() -> None:
         [step, f"{moe:.4f}", f"{dense:.4f}", f"{dense - moe:+.4f}", f"{moe_s:.0f}", f"{dense_s:.0f}"]
         for (step, moe_s, moe), (_, dense_s, dense) in zip(points["MoE"], points["dense"], strict=True)
     ]
-    # Equal time: the MoE's last evaluation that was reached within the dense twin's whole training time.
-    budget, dense_end = points["dense"][-1][1], points["dense"][-1][2]
-    within = [(step, seconds, loss) for step, seconds, loss in points["MoE"] if seconds <= budget]
-    step, seconds, loss = within[-1]
+    _, short_seconds, short_end = short[-1]
+    equal_time = [
+        ["dense", steps, f"{budget:.0f}", f"{dense_end:.4f}", ""],
+        ["MoE", short_steps, f"{short_seconds:.0f}", f"{short_end:.4f}", f"{dense_end - short_end:+.4f}"],
+    ]
     lines = [
         *(
             f"{name}: {total:,} parameters, {active:,} active per token."
@@ -103,8 +108,10 @@ def main() -> None:
         "",
         environment.table(["step", "MoE", "dense", "dense - MoE", "MoE s", "dense s"], rows),
         "",
-        f"At equal time: dense reaches {dense_end:.4f} in {budget:.0f} s; the MoE had {loss:.4f} after {seconds:.0f} s"
-        f" (step {step}, still at a high learning rate).",
+        "At equal training time (the MoE's schedule ends after as many steps as fit into the dense twin's time; whole"
+        " validation split):",
+        "",
+        environment.table(["model", "steps", "seconds", "loss", "dense - MoE"], equal_time),
     ]
     environment.save("moe_vs_dense", "MoE against its dense twin", "\n".join(lines))
 
