@@ -13,10 +13,9 @@ from typing import TextIO
 
 import numpy as np
 
-from train.balance import LAYERS
 from train.config import LogConfig
 from train.errors import TrainingFailed
-from train.metrics import Metrics
+from train.metrics import LAYERS, Metrics
 from train.tensorboard import Board
 from train.terminal import Terminal, make_terminal
 from train.watch import ExpertWatch

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from train import metrics
-from train.balance import LAYERS
 from train.config import TrainConfig
 from train.config_io import load_config
 from train.errors import ConfigError
