@@ -16,7 +16,11 @@ def code_of(path):
     return notebook, [cell.source for cell in notebook.cells if cell.cell_type == "code"]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [NOTEBOOKS[0], *(pytest.param(path, marks=pytest.mark.slow) for path in NOTEBOOKS[1:])],
+    ids=lambda path: path.stem,
+)
 def test_a_notebook_runs(path):
     nbclient = pytest.importorskip("nbclient", reason="needs the extra `notebook`")
     notebook, _ = code_of(path)
