@@ -14,3 +14,12 @@ def test_the_python_example_runs():
     names = {}
     exec(compile(example, str(README), "exec"), names)
     assert names["y_TD"].shape == names["x_TD"].shape and float(names["loss"]) > 0
+
+
+@pytest.mark.repo
+def test_the_example_of_a_router_of_ones_own_runs(capsys):
+    path = README.parent / "docs" / "routers.md"
+    (example,) = re.findall(r"```python\n(.*?)```", path.read_text(), re.S)
+    names = {}
+    exec(compile(example, str(path), "exec"), names)
+    assert int(names["stats"].load_E.sum()) == 2 * 64 and 1 <= float(names["stats"].balance_loss) < 8

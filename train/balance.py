@@ -12,9 +12,7 @@ import jax.numpy as jnp
 
 from moejax.moe import MoEStats
 from moejax.statistics import load_entropy, max_violation
-
-LAYERS = "moe/layers/"
-"""What begins so has one entry per MoE layer, or per layer and expert."""
+from train.metrics import LAYERS
 
 
 def moe_metrics(stats: MoEStats, is_dead_ME: jax.Array) -> dict[str, Any]:

@@ -10,6 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+LAYERS = "moe/layers/"
+"""What begins so has one entry per MoE layer, or per layer and expert."""
+
 
 class Metrics:
     """Appends records to a file of JSON lines; the operating system has each line when `append` returns.

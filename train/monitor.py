@@ -13,10 +13,9 @@ from typing import TextIO
 
 import numpy as np
 
-from train.balance import LAYERS
 from train.config import LogConfig
 from train.errors import TrainingFailed
-from train.metrics import Metrics
+from train.metrics import LAYERS, Metrics
 from train.tensorboard import Board
 from train.terminal import Terminal, make_terminal
 from train.watch import ExpertWatch
@@ -140,7 +139,8 @@ class Monitor:
             self._terminal.close()
         for handler in (self._file_handler, self._terminal_handler):
             self._logger.removeHandler(handler)
-            handler.close()
+            with contextlib.suppress(OSError):  # what a full disk did not take is tried once more here
+                handler.close()
         self._logger.setLevel(self._level_before)
         self._logger.propagate = self._propagate_before
         self._metrics.close()

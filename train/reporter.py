@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from train.balance import LAYERS
 from train.errors import TrainingFailed
 from train.finite import FiniteCheck
+from train.metrics import LAYERS
 from train.model import ModelSpec
 from train.monitor import Monitor
 from train.step import Metrics

@@ -69,7 +69,7 @@ BROKEN = [
     ("model.moe_layers=some", "model.moe_layers = some: must be all, none"),
     ("model.moe.top_k=999", "model.moe.top_k = 999: must be between 1 and model.moe.num_experts (8)"),
     ("model.moe.num_experts=1", "model.moe.top_k = unset (2 for router topk): must be between 1 and"),
-    ("model.moe.router=tpk", "model.moe.router = tpk: must be one of topk, switch; the nearest is topk"),
+    ("model.moe.router=tpk", "model.moe.router = tpk: must be one of topk, noisy, "),
     ("model.moe.exchange=ring", "model.moe.exchange = ring: must be one of all_to_all"),
     ("mesh.expert=3", "mesh.expert = 3: must divide the number of devices (8): 1, 2, 4, 8"),
     ("mesh.expert=16", "mesh.expert = 16: must divide the number of devices (8)"),

@@ -89,7 +89,7 @@ def test_one_page_has_everything_in_it(tmp_path):
         assert min(pixels.shape[:2]) > 200 and pixels[..., :3].std() > 0.02, f"{name} is not empty"
     first_row = page.cells[page.cells.index("<td>run & co") :]
     assert first_row[:6] == ["<td>run & co", "topk", "6 of 6", "0.5000", "0.6667", "0.6667"]
-    assert "has no checkpoint yet" in path.read_text(encoding="utf-8")
+    assert "No table of the experts" in path.read_text(encoding="utf-8"), "there is no checkpoint"
 
 
 def test_runs_side_by_side(tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from train.balance import LAYERS
+from train.metrics import LAYERS
 from train.report.runs import Run
 
 # Inches of a picture that stands beside another; a wider one has a line of the page to itself.

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from train import metrics
-from train.balance import LAYERS
 from train.config import TrainConfig
 from train.config_io import load_config
 from train.errors import ConfigError
@@ -46,7 +45,7 @@ class Run:
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
         """Steps [N], and load [N, M, E] as a multiple of the even share; of size 0 where nothing was logged."""
-        steps, load_NME = self.series(LAYERS + "load")
+        steps, load_NME = self.series(metrics.LAYERS + "load")
         if load_NME.ndim != 3:
             return steps[:0], np.zeros((0, 0, 0))
         return steps, load_NME / np.maximum(load_NME.mean(axis=2, keepdims=True), 1e-9)
