@@ -8,13 +8,13 @@ compiled program), the MoE's step against that of the dense model of the same ac
 sizes with AdamW, and the share of the optimizer for AdamW and Muon.
 """
 
-import collections
 import dataclasses
 import glob
 import gzip
 import json
 import re
 import tempfile
+import time
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ from benchmarks.environment import milliseconds
 from benchmarks.moe_vs_dense import VOCAB, active_parameters, dense_twin
 from configs import quickstart
 from train.config import TrainConfig
+from train.memory import keep_freed_memory
 from train.model import ModelSpec
 from train.program import make_program
 from train.step import make_loss
@@ -162,6 +163,7 @@ def optimizers_table() -> str:
 
 
 def main() -> None:
+    keep_freed_memory()
     base = quickstart.config()
     total, active = ModelSpec.from_config(base, VOCAB).count_parameters()
     peak = milliseconds({"dense": jax.jit(lambda: jnp.ones((2048, 2048)) @ jnp.ones((2048, 2048)))})["dense"]
