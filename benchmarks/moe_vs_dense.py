@@ -26,6 +26,7 @@ from train.config import (
     TrainConfig,
 )
 from train.loop import train
+from train.memory import keep_freed_memory
 from train.model import ModelSpec
 
 VOCAB = 257  # bytes and the separator
@@ -78,6 +79,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=2000)
     steps = parser.parse_args().steps
+    keep_freed_memory()
     configs = {"MoE": moe_config(steps)}
     configs["dense"] = dense_twin(configs["MoE"])
     with tempfile.TemporaryDirectory() as folder:
