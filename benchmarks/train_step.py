@@ -76,7 +76,7 @@ def time_by_kind(compiled: Compiled) -> dict[str, float]:
             return None  # not an operation of the program, or one whose parts are counted themselves
         called = re.search(r"calls=%?([\w.\-]+)", line)
         inside = bodies.get(called[1], "") if called else ""
-        return "products" if re.search(r" dot\(|grouped_matmul", line + inside) else "other"
+        return "products" if re.search(r' dot\(|custom_call_target="[^"]*matmul', line + inside) else "other"
 
     steps = 5
     jax.block_until_ready(compiled.step())

@@ -199,12 +199,13 @@ class Checkpoints:
     def _record(self, step: int) -> dict[str, Any]:
         return json.loads((self.directory / str(step) / _RECORD).read_text(encoding="utf-8"))
 
-    def would_be_best(self, loss: float, tokens: int) -> bool:
-        """Whether a checkpoint with this evaluation loss over so many tokens would be kept as the best.
+    def would_be_best(self, extra: dict[str, Any]) -> bool:
+        """Whether a checkpoint with this `extra`, which has an evaluation loss, would be kept as the best.
 
         A save in progress is finished first; raises like `wait`.
         """
         self.wait()
+        loss, tokens = extra[BEST], extra.get(EXTENT)
         evaluated = [self._evaluation(step) for step in self.steps() if step not in self._damaged]
         others = [other for other, extent in filter(None, evaluated) if extent == tokens]
         return self._config.keep_best > 0 and math.isfinite(loss) and loss < min(others, default=math.inf)

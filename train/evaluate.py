@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 import moejax
 from moejax.mesh import token_sharding
-from train.checkpoint import Checkpoints
+from train.checkpoint import BEST, EXTENT, Checkpoints
 from train.config import TrainConfig
 from train.config_io import load_config
 from train.data import load_corpus, load_tokenizer, validation_batches
@@ -53,6 +53,13 @@ class Evaluation:
     def tokens(self, batches: int | None = None) -> int:
         """Counted tokens of all batches or of the first so many."""
         return int(np.sum(self.counts[:batches], dtype=np.int64))
+
+    def standing(self, batches: int | None) -> dict[str, float]:
+        """What a checkpoint is compared by: the evaluations of a run that are over the same first batches.
+
+        The last evaluation is over the whole split, but what it found on those batches compares with the others.
+        """
+        return {BEST: self.loss(batches), EXTENT: self.tokens(batches)}
 
 
 def evaluate(

@@ -13,10 +13,10 @@ from jax.sharding import Mesh
 
 import moejax
 from moejax.cost import peak_flops, train_flops_per_token
-from train.checkpoint import BEST, EXTENT, Checkpoints
+from train.checkpoint import Checkpoints
 from train.config import TrainConfig
 from train.config_io import load_config, refuse_other_run, save_config, with_absolute_paths
-from train.data import Corpus, build_tokenizer, load_corpus, training_batches, validation_batches
+from train.data import Corpus, Tokenizer, build_tokenizer, load_corpus, training_batches, validation_batches
 from train.errors import ConfigError, Interrupted
 from train.evaluate import device_batch, evaluate
 from train.lock import lock_run
@@ -49,9 +49,7 @@ def train(config: TrainConfig, name: str) -> None:
     if earlier is not None:
         refuse_other_run(workdir, earlier, config)
     tokenizer = build_tokenizer(config.data)
-    if config.model.vocab_size is not None and config.model.vocab_size < tokenizer.vocab_size:
-        rule = f"must be at least the tokenizer's vocabulary ({tokenizer.vocab_size})"
-        raise ConfigError("model.vocab_size", config.model.vocab_size, rule)
+    _check_vocabulary(config, tokenizer)
     corpus = load_corpus(config.data, tokenizer)
     batch_size, sequence_length = config.data.batch_size, config.data.sequence_length
     batches = training_batches(
@@ -64,10 +62,7 @@ def train(config: TrainConfig, name: str) -> None:
         stack.enter_context(closing(batches))
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(product_precision(config))
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError("workdir", workdir, f"cannot be created: {error.strerror}") from error
+        _make_directory(workdir)
         stack.enter_context(lock_run(workdir))
         stop = stack.enter_context(stop_signals())
 
@@ -75,14 +70,10 @@ def train(config: TrainConfig, name: str) -> None:
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config.checkpoint))
         with held_back() as warnings:
             restored = checkpoints.restore(program.abstract_state, accept=batches.set_state)
-        if restored is None:
-            first, state = 0, program.init()
-        else:
-            first, state, *_ = restored
-            if config.steps < first:
-                raise ConfigError(
-                    "steps", config.steps, f"must be at least {first}, which this run has already done"
-                )
+        first, state = (0, program.init()) if restored is None else restored[:2]
+        if config.steps < first:
+            rule = f"must be at least {first}, which this run has already done"
+            raise ConfigError("steps", config.steps, rule)
         # Only now is nothing left that could refuse to go on: a refused resume leaves the run as it was.
         save_config(config, workdir / "config.yaml")
         tokenizer.save(workdir)
@@ -118,10 +109,8 @@ def train(config: TrainConfig, name: str) -> None:
                     part = config.eval.max_batches
                     split = validation_batches(corpus, batch_size, sequence_length, None if last else part)
                     evaluation = evaluate(program.eval_step, state.params, split, mesh)
-                    # The last one is over the whole split, but compared by the part that the others are over.
-                    best_by = evaluation.loss(part), evaluation.tokens(part)
-                    extra |= dict(zip((BEST, EXTENT), best_by, strict=True))
-                    is_best = config.checkpoint.every > 0 and checkpoints.would_be_best(*best_by)
+                    extra |= evaluation.standing(part)
+                    is_best = config.checkpoint.every > 0 and checkpoints.would_be_best(extra)
                 monitor.evaluation(step, evaluation.loss())
 
             if last or _due(step, config.checkpoint.every) or is_best or stop.number:
@@ -138,6 +127,20 @@ def train(config: TrainConfig, name: str) -> None:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _check_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> None:
+    size = config.model.vocab_size
+    if size is not None and size < tokenizer.vocab_size:
+        rule = f"must be at least the tokenizer's vocabulary ({tokenizer.vocab_size})"
+        raise ConfigError("model.vocab_size", size, rule)
+
+
+def _make_directory(workdir: Path) -> None:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("workdir", workdir, f"cannot be created: {error.strerror}") from error
 
 
 def _introduce(spec: ModelSpec, corpus: Corpus, mesh: Mesh, first: int) -> None:

@@ -81,7 +81,8 @@ class Reporter:
 
     def _scalars(self, metrics: dict[str, np.ndarray]) -> dict[str, float]:
         line = {name: value.item() for name, value in metrics.items() if np.ndim(value) == 0}
-        memory = self._device.memory_stats()  # None on CPU
+        # A measurement like the times: after a restart the process has another peak. None on CPU.
+        memory = self._device.memory_stats()
         if memory and "peak_bytes_in_use" in memory:
             line["memory_bytes"] = memory["peak_bytes_in_use"]
         return line

@@ -23,7 +23,7 @@ from train.config import (
 from train.program import make_program
 
 VOCAB = 29
-TIMES = ("tokens_per_second", "step_seconds")
+MEASUREMENTS = ("tokens_per_second", "step_seconds", "mfu", "memory_bytes")
 
 
 def config(**fields):
@@ -59,9 +59,9 @@ def write_config(path: pathlib.Path, run: TrainConfig) -> pathlib.Path:
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict]:
-    """The run's metrics without the times, which are the only fields that may differ between two runs."""
+    """The run's metrics without what is measured, which are the only fields that may differ between two runs."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+    return [{name: value for name, value in line.items() if name not in MEASUREMENTS} for line in lines]
 
 
 def random_batch(run: TrainConfig, seed: int) -> dict[str, np.ndarray]:

@@ -375,11 +375,14 @@ class TestProcesses:
 
 
 def test_only_losses_over_as_many_tokens_are_compared(tmp_path):
+    def extra(loss, tokens):
+        return {"eval/loss": loss, "eval/tokens": tokens}
+
     with Checkpoints(tmp_path, CheckpointConfig(keep_last=1, keep_best=1)) as checkpoints:
-        assert checkpoints.would_be_best(3.0, 10)
+        assert checkpoints.would_be_best(extra(3.0, 10))
         for step, (loss, tokens) in enumerate([(1.0, 99), (3.0, 10), (2.0, 10), (2.5, 10)]):
-            checkpoints.save(step, small_state(step), {}, {"eval/loss": loss, "eval/tokens": tokens})
-        assert checkpoints.would_be_best(1.9, 10) and not checkpoints.would_be_best(2.0, 10)
-        assert not checkpoints.would_be_best(float("nan"), 10)
+            checkpoints.save(step, small_state(step), {}, extra(loss, tokens))
+        assert checkpoints.would_be_best(extra(1.9, 10)) and not checkpoints.would_be_best(extra(2.0, 10))
+        assert not checkpoints.would_be_best(extra(float("nan"), 10))
         checkpoints.wait()
         assert checkpoints.steps() == [2, 3]
