@@ -42,7 +42,7 @@ def test_a_notebook_uses_the_public_interface(path):
     notebook, sources = code_of(path)
     for node in ast.walk(ast.parse("\n".join(sources))):
         if isinstance(node, ast.Attribute):
-            assert not node.attr.startswith("_"), node.attr
+            assert not node.attr.startswith("_") or node.attr.endswith("__"), node.attr
         if isinstance(node, ast.ImportFrom) and node.module:
             assert not node.module.startswith(("moejax.", "train.", "custom_ops")), node.module
     assert not any(cell.get("outputs") for cell in notebook.cells), "outputs are not committed"

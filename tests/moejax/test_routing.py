@@ -119,6 +119,8 @@ def expected(case, router, x, valid, training=True):
         return ids, dropped, np.zeros_like(x), np.full(x.shape, 1 / num_experts), x
     else:
         ids, dropped = naive.top_k(chosen_by, valid, k)
+        # In f32, where what is nearly alike may be alike; a second expert that is refused leaves g1 as it was.
+        score = naive.combine(np.asarray(jax.nn.softmax(x, axis=-1)), ids, k > 1)
         if name == "gshard" and training:
             weights = naive.combine(naive.softmax(x.astype(np.float64)), ids, True)
             refused = naive.draws(jax.random.uniform, keys[0], len(x), ()) >= 2 * weights[:, 1]
@@ -126,8 +128,7 @@ def expected(case, router, x, valid, training=True):
         if name in ("gshard", "switch"):
             priority = np.zeros(ids.shape)
             if options.get("drop_by") == "score":
-                # In f32, where what is nearly alike may be alike.
-                priority = -naive.combine(np.asarray(jax.nn.softmax(x, axis=-1)), ids, k > 1)
+                priority = -score
             elif options.get("drop_by") == "random" and training:
                 priority = naive.draws(jax.random.uniform, keys[1], len(x), (k,))
             factor = options["capacity_factor"] if training else 2.0
