@@ -51,6 +51,18 @@ class DispatchPlan:
         """int32, the token of each row; -1 for an empty row."""
         return jnp.where(self.choice_N >= 0, self.choice_N // self.num_choices, -1)
 
+    def first_rows(self, count: int) -> "DispatchPlan":
+        """Of a packed plan, not `unique`, its first `count` rows alone: the choices behind them are clipped."""
+        ends_P = jnp.minimum(jnp.cumsum(self.group_sizes_P, dtype=jnp.int32), count)
+        position_TK = jnp.where(self.position_TK < count, self.position_TK, -1)
+        return dataclasses.replace(
+            self,
+            position_TK=position_TK,
+            choice_N=self.choice_N[:count],
+            group_sizes_P=jnp.diff(ends_P, prepend=jnp.zeros_like(ends_P[:1])),
+            served_TK=position_TK >= 0,
+        )
+
     def choices_to_rows(self, values_TK: jax.Array) -> jax.Array:
         """[N]: the value of each row's choice, 0 for an empty row."""
         return _take_or_zero(values_TK.reshape(-1), self.choice_N)
