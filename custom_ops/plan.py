@@ -223,13 +223,13 @@ def _order_by_counting(dest_M: jax.Array, P: int) -> tuple[jax.Array, jax.Array,
 
     def step(seen_CP, dest_C):
         here_CP = dest_C[:, None] == lax.broadcasted_iota(jnp.int32, (1, P), 1)
-        return seen_CP + here_CP, jnp.sum(jnp.where(here_CP, seen_CP, 0), axis=1)
+        return seen_CP + here_CP, jnp.sum(jnp.where(here_CP, seen_CP, 0), axis=1, dtype=jnp.int32)
 
     seen_CP, rank_SC = lax.scan(step, vary_like(jnp.zeros((lanes, P), jnp.int32), dest_M), dest_CS.T)
     counts_P = jnp.sum(seen_CP, axis=0, dtype=jnp.int32)
     # A lane's first row of destination p stands behind all smaller destinations and all earlier lanes.
     starts_P = jnp.cumsum(counts_P, dtype=jnp.int32) - counts_P
-    starts_CP = starts_P[None, :] + jnp.cumsum(seen_CP, axis=0) - seen_CP
+    starts_CP = starts_P[None, :] + jnp.cumsum(seen_CP, axis=0, dtype=jnp.int32) - seen_CP
     starts_M = jnp.take_along_axis(starts_CP, jnp.minimum(dest_CS, P - 1), axis=1)
     slot_M = jnp.where(dest_CS < P, starts_M + rank_SC.T, M).reshape(-1)[:M]
     choice_M = (
