@@ -16,6 +16,7 @@ from flax import nnx
 from custom_ops import make_plan
 from moejax.dispatch import ExpertsFn
 from moejax.losses import expert_load
+from moejax.mesh import make_varying
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,9 @@ def replicate(w_L: jax.Array, hot_S: jax.Array, axes: Sequence[str]) -> jax.Arra
     local_S = hot_S - jax.lax.axis_index(tuple(axes)) * w_L.shape[0]
     is_mine_S = (local_S >= 0) & (local_S < w_L.shape[0])
     own_S = w_L[jnp.clip(local_S, 0, w_L.shape[0] - 1)]
-    return jax.lax.psum(jnp.where(is_mine_S.reshape(-1, *(1,) * (w_L.ndim - 1)), own_S, 0), tuple(axes))
+    own_S = jnp.where(is_mine_S.reshape(-1, *(1,) * (w_L.ndim - 1)), own_S, 0)
+    # The same everywhere, but used with each device's own tokens: the cast's transpose sums the gradients.
+    return make_varying(jax.lax.psum(own_S, tuple(axes)), axes)
 
 
 def replicate_module(experts: nnx.Module, hot_S: jax.Array, axes: Sequence[str]) -> Any:
