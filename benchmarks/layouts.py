@@ -24,6 +24,7 @@ from train.evaluate import device_batch  # noqa: E402
 from train.program import make_program  # noqa: E402
 
 STEPS = 50
+TOLERANCE = 1e-5  # relative, of every loss
 LAYOUTS = [(1, 1), (1, 2), (2, 1), (1, 4), (2, 2), (4, 1), (1, 8), (2, 4), (4, 2), (8, 1)]
 
 
@@ -75,6 +76,11 @@ def main() -> None:
         header, rows
     )
     environment.save("layouts", "The same loss on every layout", text)
+    worst_loss = max(
+        np.max(np.abs(result - reference)[:, 0] / reference[:, 0]) for result in results.values()
+    )
+    if not worst_loss <= TOLERANCE:
+        raise SystemExit(f"the losses differ by {worst_loss:.1e}, more than {TOLERANCE:.0e}")
 
 
 if __name__ == "__main__":

@@ -143,6 +143,8 @@ class MoE(nnx.Module):
             raise ValueError(f"balance_over = {balance_over!r}: must be one of {', '.join(BALANCE_OVER)}")
         if isinstance(router, str):
             router = make_router(router, d_model, num_experts, top_k=top_k, rngs=rngs, **router_options)
+        elif top_k is not None:
+            raise ValueError(f"top_k = {top_k}: is chosen by the router; got a router itself")
         elif router_options:
             raise ValueError(f"{', '.join(router_options)}: options of a router by name; got a router itself")
         activation = experts if isinstance(experts, str) else "swiglu"
@@ -273,7 +275,7 @@ class MoE(nnx.Module):
         return y_TD.astype(x_TD.dtype), stats
 
     def _losses(self, routing: Routing, axes, sequence_length, batch_load) -> dict[str, jax.Array]:
-        """The auxiliary losses as fields of `MoEStats`; those without a weight are not computed."""
+        """The auxiliary losses as fields of `MoEStats`; importance and load only where they have a weight."""
         if self.balance_over == "sequence":
             if sequence_length is None:
                 raise ValueError("balance_over = 'sequence': x must be [B, S, D], to have sequences")

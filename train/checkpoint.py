@@ -222,8 +222,8 @@ class Checkpoints:
         """Evaluation loss of a checkpoint and its number of tokens; None when it has no finite one."""
         try:
             extra = self._record(step)["extra"]
-        except (OSError, ValueError):
-            return None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None  # damaged
         loss = extra.get(BEST)
         return (loss, extra.get(EXTENT)) if isinstance(loss, int | float) and math.isfinite(loss) else None
 

@@ -5,6 +5,7 @@ Nothing here imports jax until a command needs it, so that help and errors of in
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import pathlib
 import sys
@@ -99,6 +100,11 @@ def main(argv: list[str] | None = None) -> int:
         # once more when it flushes stdout at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except (OSError, MemoryError) as error:
+        if words.traceback:
+            traceback.print_exc()
+        print("error:", " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
+        return TrainingFailed.exit_code
 
 
 def take_apart(argv: list[str], words: Words) -> None:
@@ -168,7 +174,8 @@ def _train(argument: str, options: Mapping[str, str]) -> int:
 
     config, name = find_config(argument)
     config = override(config, options)
-    keep_freed_memory()
+    if _steps_run_on_cpu():
+        keep_freed_memory()
 
     import jax
 
@@ -176,9 +183,15 @@ def _train(argument: str, options: Mapping[str, str]) -> int:
 
     try:
         train(config, name)
-    except (OSError, jax.errors.JaxRuntimeError) as error:
+    except (OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
         raise TrainingFailed(str(error).partition("\n")[0] or type(error).__name__) from error
     return 0
+
+
+def _steps_run_on_cpu() -> bool:
+    """Whether steps will run on CPU, as far as can be told before jax is started."""
+    has_gpu_plugin = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+    return not has_gpu_plugin or os.environ.get("JAX_PLATFORMS") == "cpu"
 
 
 def _eval(argument: str, options: Mapping[str, str]) -> int:
@@ -187,7 +200,8 @@ def _eval(argument: str, options: Mapping[str, str]) -> int:
     from train.evaluate import evaluate_run
     from train.memory import keep_freed_memory
 
-    keep_freed_memory()
+    if _steps_run_on_cpu():
+        keep_freed_memory()
     loss, tokens = evaluate_run(argument)
     print(f"eval/loss {loss:.4f} nats per token over {tokens:,} tokens")
     return 0

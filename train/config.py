@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+# Values of `data.tokenizer` that are no path.
+TOKENIZER_NAMES = ("bytes", "char")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -183,11 +186,11 @@ class OptimizerConfig:
     b2: float = 0.95
     """Decay of Adam's second moment."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of matrices; norms and biases have none."""
+    """Decoupled weight decay of matrices; norms and biases have none, nor has what Muon leaves to Adam."""
     clip_norm: float = 1.0
     """Largest global gradient norm; every expert counts once."""
     accumulation_steps: int = 1
-    """Parts into which a batch is cut; their gradients are averaged before the one optimizer step."""
+    """Parts into which a batch is cut; their gradients add up to the whole batch's before the one optimizer step."""
 
 
 @dataclass(frozen=True)

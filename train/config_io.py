@@ -13,7 +13,7 @@ import sys
 import yaml
 
 import train
-from train.config import TrainConfig
+from train.config import TOKENIZER_NAMES, TrainConfig
 from train.errors import ConfigError
 from train.fields import build, flatten, get, nearest, override, shown
 
@@ -72,7 +72,7 @@ def load_python(path: str | os.PathLike[str]) -> TrainConfig:
     Raises:
       ConfigError: the file raises, has no `config()`, or gives something else; a wrong field is named.
     """
-    path = pathlib.Path(path)
+    path = pathlib.Path(path).absolute()  # as its frames name it
     module_name = f"_moejax_config_{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None and spec.loader is not None, path
@@ -133,7 +133,7 @@ def with_absolute_paths(config: TrainConfig, earlier: TrainConfig | None = None)
     absolute: dict[str, str] = {}
     for name in PATHS:
         typed, before = get(config, name), get(earlier or config, name)
-        if typed is None:
+        if typed is None or (name == "data.tokenizer" and typed in TOKENIZER_NAMES):
             continue
         path = os.path.abspath(os.path.expanduser(typed))
         if earlier is not None and before is not None and _is_end_of(typed, before):

@@ -21,9 +21,13 @@ def lock_run(run_dir: str | os.PathLike[str]) -> Iterator[None]:
       run_dir: an existing run directory.
 
     Raises:
-      ConfigError: another run holds the lock.
+      ConfigError: another run holds the lock, or the directory cannot be written to.
     """
-    with (Path(run_dir) / ".lock").open("a+") as file:
+    try:
+        opened = (Path(run_dir) / ".lock").open("a+")
+    except OSError as error:
+        raise ConfigError("workdir", run_dir, f"cannot be written to: {error.strerror}") from error
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -15,11 +15,15 @@ from train.model import ModelSpec
 from train.monitor import Monitor
 from train.step import Metrics
 
+# Steps whose metrics may wait on the device.
+MAX_AHEAD = 32
+
 
 class Reporter:
     """Fetches metrics from the device outside the step, one step late, so that the device never waits for the host.
 
-    Every step's metrics are looked at, so a NaN is found at its step, whatever `log.every` is.
+    Every step's metrics are looked at, so a NaN is named with its step, whatever `log.every` is; the host is never more
+    than MAX_AHEAD steps ahead of the device.
     """
 
     def __init__(self, monitor: Monitor, spec: ModelSpec, mesh: Mesh):
@@ -31,7 +35,7 @@ class Reporter:
 
     def add(self, step: int, metrics: Metrics, *, logged: bool) -> None:
         """Take a step's metrics, still on the device; first report an earlier step that was to be logged."""
-        if any(was_logged for *_, was_logged in self._pending):
+        if any(was_logged for *_, was_logged in self._pending) or len(self._pending) >= MAX_AHEAD:
             self.flush()
         self._pending.append((step, metrics, logged))
 

@@ -104,7 +104,7 @@ def test_nothing_is_compiled_after_the_first_step_and_nothing_fetched_between_lo
         jax.monitoring.clear_event_listeners()
     assert len(marks) == 12
     # Step 1 is logged while step 2 runs; then there is nothing to report before step 12.
-    assert marks[0][0] > 0 and marks[1][0] == marks[10][0], "no compilation after the first step"
+    assert marks[0][0] > 0 and marks[0][0] == marks[10][0], "no compilation after the first step"
     assert marks[2][1] == marks[10][1], "no array is read between two logged steps"
     assert len(fetched) > marks[10][1] > 0, "the spy does see the reports"
 

@@ -135,7 +135,7 @@ def _read_jsonl(field: str, path: Path, text_field: str) -> Iterator[Document]:
                 record = json.loads(line)
             except UnicodeDecodeError as error:
                 raise ConfigError(field, name, f"invalid UTF-8 at byte {error.start} of the line") from error
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ConfigError(field, name, f"is not JSON: {error}") from error
             if not isinstance(record, dict):
                 raise ConfigError(field, name, f"must be a JSON object, is {type(record).__name__}")

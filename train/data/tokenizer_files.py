@@ -6,14 +6,13 @@ import difflib
 import json
 from pathlib import Path
 
-from train.config import DataConfig
+from train.config import TOKENIZER_NAMES, DataConfig
 from train.data.huggingface import HuggingFaceTokenizer
 from train.data.sources import find_files, read_documents
 from train.data.tokenizer import KIND_KEY, TOKENIZER_FILE, ByteTokenizer, CharTokenizer, Tokenizer
 from train.errors import ConfigError
 
 _FIELD = "data.tokenizer"
-_NAMES = ("bytes", "char")
 
 
 def build_tokenizer(config: DataConfig) -> Tokenizer:
@@ -33,7 +32,7 @@ def build_tokenizer(config: DataConfig) -> Tokenizer:
         return _read(path, name)
     if "/" in name or "\\" in name or path.suffix:
         raise ConfigError(_FIELD, name, "no such file; `bytes`, `char`, or the path of a tokenizer.json")
-    near = difflib.get_close_matches(name.lower(), _NAMES, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(name.lower(), TOKENIZER_NAMES, n=1, cutoff=0.4)
     rule = "must be `bytes`, `char`, or the path of a tokenizer.json"
     raise ConfigError(_FIELD, name, rule + (f"; did you mean `{near[0]}`?" if near else ""))
 
