@@ -18,7 +18,7 @@ def code_of(path):
 
 @pytest.mark.parametrize(
     "path",
-    [NOTEBOOKS[0], *(pytest.param(path, marks=pytest.mark.slow) for path in NOTEBOOKS[1:])],
+    [pytest.param(path, marks=[pytest.mark.slow] if number else []) for number, path in enumerate(NOTEBOOKS)],
     ids=lambda path: path.stem,
 )
 def test_a_notebook_runs(path):
