@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+import moejax
 from moejax.cost import peak_flops, train_flops_per_token
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig
@@ -19,7 +20,7 @@ from train.data import Corpus, Tokenizer, build_tokenizer, load_corpus, training
 from train.errors import ConfigError, Interrupted
 from train.evaluate import device_batch, evaluate
 from train.lock import lock_run
-from train.model import ModelSpec, make_mesh, product_precision
+from train.model import ModelSpec, product_precision
 from train.monitor import Monitor, held_back
 from train.program import make_program
 from train.reporter import Reporter
@@ -54,7 +55,7 @@ def train(config: TrainConfig, name: str) -> None:
     batches = training_batches(
         corpus, batch_size=batch_size, sequence_length=sequence_length, seed=config.seed
     )
-    mesh = make_mesh(config.mesh)
+    mesh = moejax.make_mesh(data=config.mesh.data, expert=config.mesh.expert)
     program = make_program(config, tokenizer.vocab_size, mesh)
 
     with ExitStack() as stack:
