@@ -114,8 +114,6 @@ class MoE(nnx.Module):
             raise ValueError(f"balance_over = {balance_over!r}: must be one of {', '.join(BALANCE_OVER)}")
         if isinstance(router, str):
             router = make_router(router, d_model, num_experts, top_k=top_k, rngs=rngs, **router_options)
-        elif top_k is not None:
-            raise ValueError(f"top_k = {top_k}: is chosen by the router; got a router itself")
         elif router_options:
             raise ValueError(f"{', '.join(router_options)}: options of a router by name; got a router itself")
         activation = experts if isinstance(experts, str) else "swiglu"
