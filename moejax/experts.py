@@ -13,7 +13,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from custom_ops import (
     DispatchPlan,
@@ -26,9 +25,6 @@ from custom_ops import (
     unpermute,
 )
 from moejax.layers import ACTIVATIONS, gelu, init_matrix
-
-# The name under which remat policies can keep the result of an expert's first product.
-EXPERT_HIDDEN = "moejax_expert_hidden"
 
 
 class Activation(NamedTuple):
@@ -118,7 +114,6 @@ def expert_ffn(
 
 def _expert_ffn_forward(activation, x_TD, plan, weights_TK, w_in_EDH, w_out_EFD):
     hidden_NH = grouped_matmul(permute(x_TD, plan), w_in_EDH, plan.group_sizes_P)
-    hidden_NH = checkpoint_name(hidden_NH, EXPERT_HIDDEN)
     y_ND = grouped_matmul(activation.forward(hidden_NH), w_out_EFD, plan.group_sizes_P)
     y_TD = unpermute(y_ND, plan, weights_TK)
     return y_TD, (x_TD, plan, weights_TK, w_in_EDH, w_out_EFD, hidden_NH)

@@ -15,7 +15,6 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from moejax.attention import Attention, KVCache
-from moejax.experts import EXPERT_HIDDEN
 from moejax.layers import FeedForward, RMSNorm, init_matrix
 from moejax.losses import BatchLoad, cross_entropy
 from moejax.mesh import over_tokens, token_axes
@@ -30,11 +29,7 @@ _KEEP_ROUTING = _policies.save_only_these_names(ROUTING_DECISION)
 # What backward computes again. All but "none" still keep every routing decision.
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "none": None,
-    "dots": _policies.save_from_both_policies(
-        _policies.dots_with_no_batch_dims_saveable,
-        # A grouped product is a call of a kernel, which that policy does not know for a product.
-        _policies.save_only_these_names(ROUTING_DECISION, EXPERT_HIDDEN),
-    ),
+    "dots": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _KEEP_ROUTING),
     "full": _KEEP_ROUTING,
 }
 

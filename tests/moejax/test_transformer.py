@@ -85,8 +85,6 @@ def test_backward_never_chooses_experts_again(remat):
 
     text = str(jax.make_jaxpr(jax.grad(loss))(params))
     assert text.count("top_k[") == 1, "one choice, in the forward scan"
-    # Two products forward, four backward; only full remat forms an expert's pre-activation again.
-    assert text.count("name=moejax_grouped_matmul") == (7 if remat == "full" else 6)
 
 
 def test_chunked_loss_equals_whole_logits():
