@@ -19,7 +19,7 @@ import moejax  # noqa: E402
 from benchmarks import environment  # noqa: E402
 from configs import quickstart  # noqa: E402
 from train.config import TrainConfig  # noqa: E402
-from train.data import build_tokenizer, load_corpus, training_batches  # noqa: E402
+from train.data import TrainingBatches, build_tokenizer, load_corpus  # noqa: E402
 from train.evaluate import device_batch  # noqa: E402
 from train.program import make_program  # noqa: E402
 
@@ -41,7 +41,7 @@ def config() -> TrainConfig:
 def losses(run: TrainConfig, data: int, expert: int) -> np.ndarray:
     """Loss, auxiliary loss and gradient norm of every step, [STEPS, 3]."""
     tokenizer = build_tokenizer(run.data)
-    batches = training_batches(
+    batches = TrainingBatches(
         load_corpus(run.data, tokenizer),
         batch_size=run.data.batch_size,
         sequence_length=run.data.sequence_length,

@@ -35,11 +35,18 @@ VOCAB = 257  # bytes and the separator
 def moe_config(steps: int) -> TrainConfig:
     return TrainConfig(
         steps=steps,
-        data=DataConfig(batch_size=16, sequence_length=128),
+        data=DataConfig(batch_size=32, sequence_length=128),
         model=ModelConfig(d_model=64, num_heads=2, moe=MoEConfig(num_experts=32, top_k=2, d_hidden=96)),
-        optimizer=OptimizerConfig(learning_rate=4e-3, b2=0.99, warmup_steps=100, final_fraction=0.02),
+        optimizer=OptimizerConfig(
+            name="muon",
+            learning_rate=0.015,
+            adam_learning_rate=0.008,
+            b2=0.99,
+            warmup_steps=100,
+            final_fraction=0.02,
+        ),
         checkpoint=CheckpointConfig(every=0),
-        eval=EvalConfig(every=max(steps // 8, 1), max_batches=128),
+        eval=EvalConfig(every=max(steps // 8, 1), max_batches=64),
         log=LogConfig(every=50, tensorboard=False),
     )
 

@@ -222,10 +222,10 @@ class Checkpoints:
         """Evaluation loss of a checkpoint and its number of tokens; None when it has no finite one."""
         try:
             extra = self._record(step)["extra"]
-        except (OSError, ValueError, KeyError, TypeError):
+            loss, extent = extra.get(BEST), extra.get(EXTENT)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return None  # damaged
-        loss = extra.get(BEST)
-        return (loss, extra.get(EXTENT)) if isinstance(loss, int | float) and math.isfinite(loss) else None
+        return (loss, extent) if isinstance(loss, int | float) and math.isfinite(loss) else None
 
     # ---- restoring ----
 

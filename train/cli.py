@@ -329,7 +329,10 @@ def _overview() -> str:
 
 
 def _help(name: str, command: Command, arguments: list[str]) -> int:
-    """Print a command's options; for `train CONFIG` with that config's values as defaults."""
+    """Print a command's options; for `train CONFIG` with that config's values as defaults.
+
+    tyro writes the help only: its errors are boxes of many lines, ours are one line that names the dotted field.
+    """
     import tyro
 
     defaults: Any = command.options()

@@ -16,7 +16,15 @@ from moejax.cost import peak_flops, train_flops_per_token
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig
 from train.config_io import load_config, refuse_other_run, save_config, with_absolute_paths
-from train.data import Corpus, Tokenizer, build_tokenizer, load_corpus, training_batches, validation_batches
+from train.data import (
+    Corpus,
+    Tokenizer,
+    TokenStream,
+    TrainingBatches,
+    build_tokenizer,
+    load_corpus,
+    validation_batches,
+)
 from train.errors import ConfigError, Interrupted
 from train.evaluate import device_batch, evaluate
 from train.lock import lock_run
@@ -52,7 +60,7 @@ def train(config: TrainConfig, name: str) -> None:
     _check_vocabulary(config, tokenizer)
     corpus = load_corpus(config.data, tokenizer)
     batch_size, sequence_length = config.data.batch_size, config.data.sequence_length
-    batches = training_batches(
+    batches = TrainingBatches(
         corpus, batch_size=batch_size, sequence_length=sequence_length, seed=config.seed
     )
     mesh = moejax.make_mesh(data=config.mesh.data, expert=config.mesh.expert)
@@ -148,10 +156,9 @@ def _introduce(spec: ModelSpec, corpus: Corpus, mesh: Mesh, first: int) -> None:
     total, active = spec.count_parameters()
     log.info("parameters: %s in all, %s active per token", f"{total:,}", f"{active:,}")
     log.info(
-        "data: %s train and %s validation tokens in %s documents, sha256 %s",
-        f"{corpus.train.num_tokens:,}",
-        f"{corpus.validation.num_tokens:,}",
-        f"{corpus.train.num_documents + corpus.validation.num_documents:,}",
+        "data: %s, %s; sha256 %s",
+        _size("training", corpus.train),
+        _size("validation", corpus.validation),
         corpus.content_hash,
     )
     if corpus.ignored_files:
@@ -159,6 +166,10 @@ def _introduce(spec: ModelSpec, corpus: Corpus, mesh: Mesh, first: int) -> None:
     log.info("devices: %d x %s as %s", mesh.size, mesh.devices.flat[0].device_kind, dict(mesh.shape))
     if first:
         log.info("going on after step %d", first)
+
+
+def _size(split: str, stream: TokenStream) -> str:
+    return f"{stream.num_tokens:,} {split} tokens in {stream.num_documents:,} documents"
 
 
 def _mfu_per_token(spec: ModelSpec, mesh: Mesh) -> float | None:

@@ -386,3 +386,14 @@ def test_only_losses_over_as_many_tokens_are_compared(tmp_path):
         assert not checkpoints.would_be_best(extra(float("nan"), 10))
         checkpoints.wait()
         assert checkpoints.steps() == [2, 3]
+
+
+def test_the_evaluation_of_a_garbled_older_checkpoint_does_not_count(tmp_path):
+    with Checkpoints(tmp_path, CheckpointConfig(keep_last=3, keep_best=1)) as checkpoints:
+        for step, loss in enumerate([1.0, 3.0]):
+            checkpoints.save(step, small_state(step), {}, {"eval/loss": loss})
+        checkpoints.wait()
+        assert not checkpoints.would_be_best({"eval/loss": 2.0})
+        for garbled in (b"{", b"[]", b"\xff", b'{"extra": 3}'):
+            (tmp_path / "0" / "record.json").write_bytes(garbled)
+            assert checkpoints.would_be_best({"eval/loss": 2.0}), garbled

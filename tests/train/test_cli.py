@@ -140,6 +140,7 @@ def test_bad_lines_are_refused_in_one_line(capsys, run_directory, trained, line,
         (KeyboardInterrupt(), 130),
         (OSError(28, "No space left on device"), 3),
         (OSError(), 3),
+        (MemoryError(), 3),
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), 3),
     ],
 )
@@ -149,7 +150,7 @@ def test_errors_of_a_run_become_exit_codes(capsys, monkeypatch, error, code):
 
     monkeypatch.setitem(sys.modules, "train.loop", types.SimpleNamespace(train=train))
     message = refused(capsys, ["train", "quickstart"], code)
-    otherwise = {KeyboardInterrupt: "interrupted", OSError: "OSError"}
+    otherwise = {KeyboardInterrupt: "interrupted", OSError: "OSError", MemoryError: "MemoryError"}
     assert message == (" ".join(str(error).split()) or otherwise[type(error)])
     assert main(["train", "quickstart", "--traceback"]) == code
     assert "Traceback (most recent call last)" in capsys.readouterr().err

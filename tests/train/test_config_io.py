@@ -7,7 +7,7 @@ import pytest
 from hypothesis import strategies as st
 
 from train import config_io
-from train.config import MeshConfig, MoEConfig, TrainConfig
+from train.config import DataConfig, MeshConfig, MoEConfig, TrainConfig
 from train.config_io import (
     differing_fields,
     find_config,
@@ -16,6 +16,7 @@ from train.config_io import (
     refuse_other_run,
     save_config,
     shipped_names,
+    with_absolute_paths,
 )
 from train.errors import ConfigError
 from train.fields import _replace, flatten, leaf_types
@@ -130,6 +131,22 @@ def test_bad_python_config(tmp_path, text, message):
     with pytest.raises(ConfigError) as caught:
         find_config(str(path))
     assert message in str(caught.value)
+
+
+def test_the_line_of_an_error_is_named_for_a_relative_path_too(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("\n1 / 0")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="raised ZeroDivisionError in line 2: division by zero"):
+        find_config("mine.py")
+
+
+def test_a_file_with_the_name_of_a_tokenizer_is_no_path(tmp_path, monkeypatch):
+    for name in ("bytes", "char"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ("bytes", "char"):
+        config = TrainConfig(data=DataConfig(tokenizer=name))
+        assert with_absolute_paths(config).data.tokenizer == name
 
 
 def test_shipped_configs_by_name_and_by_path():

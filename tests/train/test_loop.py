@@ -18,7 +18,7 @@ from jax._src import array
 import moejax
 from tests import tolerance
 from tests.train import small
-from train import cli
+from train import cli, reporter
 from train.config_io import find_config, load_config, save_config
 from train.data import load_corpus, load_tokenizer
 from train.evaluate import IN_FLIGHT, Evaluation, device_batch, evaluate, evaluate_run, restore_params
@@ -120,6 +120,21 @@ def test_nan_ends_the_run_and_names_step_and_layer(run, capsys):
     left = other / "checkpoints"
     assert not left.exists() or not [path for path in left.iterdir() if path.name.isdecimal()]
     assert sorted(path.name for path in (run.workdir / "checkpoints").iterdir()) == good
+
+
+def test_nan_ends_a_run_that_logs_rarely_within_few_steps(run, capsys, monkeypatch):
+    monkeypatch.setattr(reporter, "MAX_AHEAD", 3)
+    taken, add = [], Reporter.add
+
+    def count(self, step, *arguments, **options):
+        taken.append(step)
+        add(self, step, *arguments, **options)
+
+    monkeypatch.setattr(Reporter, "add", count)
+    options = ("--optimizer.learning_rate", 1e38, "--optimizer.warmup_steps", 0, "--log.every", 1000)
+    assert run("--steps", 100, "--checkpoint.every", 0, *options) == 3
+    named = int(re.search(r"error: step (\d+):", capsys.readouterr().err)[1])
+    assert named <= taken[-1] <= named + 3
 
 
 def test_a_full_disk_ends_the_run_with_the_last_checkpoint_intact(run, capsys, monkeypatch):
@@ -263,6 +278,13 @@ def test_a_workdir_that_cannot_be_made_is_bad_input(run, capsys):
     run.workdir.parent.write_text("in the way")
     assert run() == 2
     assert capsys.readouterr().err.startswith("error: workdir = ")
+
+
+def test_a_workdir_that_cannot_be_locked_is_bad_input(run, capsys):
+    (run.workdir / ".lock").mkdir(parents=True)
+    assert run() == 2
+    assert re.search(r"^error: workdir = .*: cannot be written to: Is a directory$", capsys.readouterr().err)
+    assert [path.name for path in run.workdir.iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize(

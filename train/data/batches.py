@@ -17,7 +17,7 @@ Batch = dict[str, np.ndarray]
 
 
 class TrainingBatches(Iterator[Batch]):
-    """Endless iterator over training batches; its state is one number and what must not change beside it.
+    """Endless batches of the training split; the state is one number and what must not change beside it.
 
     A batch is a dict of int32 arrays `tokens`, `targets`, `segments`, `positions` [B, S] (see `packing`)
     and `index` [B] int64, the global window id: epoch * windows + window. Each epoch has an order and a
@@ -28,7 +28,19 @@ class TrainingBatches(Iterator[Batch]):
     def __init__(
         self, corpus: Corpus, *, batch_size: int, sequence_length: int, seed: int, rows: slice | None = None
     ):
-        """See `training_batches`."""
+        """Begin with the first batch; `set_state` goes on elsewhere.
+
+        Args:
+          corpus: from `load_corpus`.
+          batch_size: B, windows of the global batch.
+          sequence_length: S, predictions of a window.
+          seed: decides the order and the offset of every epoch.
+          rows: the rows of the global batch to read (this process's share); unset: all. Order and state do not
+            depend on it.
+
+        Raises:
+          ConfigError: no window of S predictions fits the training split, or B < 1.
+        """
         # grain brings jax and orbax along: only a run that trains pays for the import.
         import grain
 
@@ -113,27 +125,6 @@ class _Windows:
         left_B = np.minimum(self.stream.num_predictions - begin_B, self.sequence_length)
         batch = cut_windows(self.stream, begin_B + offset_B, left_B, self.sequence_length)
         return {**batch, "index": epoch_B * self.count + window_B}
-
-
-def training_batches(
-    corpus: Corpus, *, batch_size: int, sequence_length: int, seed: int, rows: slice | None = None
-) -> TrainingBatches:
-    """Endless batches of the training split, resumable through `get_state` and `set_state`.
-
-    Args:
-      corpus: from `load_corpus`.
-      batch_size: B, windows of the global batch.
-      sequence_length: S, predictions of a window.
-      seed: decides the order and the offset of every epoch.
-      rows: the rows of the global batch to read (this process's share); unset: all. Order and state do not
-        depend on it.
-
-    Raises:
-      ConfigError: no window of S predictions fits the training split, or B < 1.
-    """
-    return TrainingBatches(
-        corpus, batch_size=batch_size, sequence_length=sequence_length, seed=seed, rows=rows
-    )
 
 
 def validation_batches(

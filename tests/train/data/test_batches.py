@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tests.train.data import naive
-from train.data import Corpus, training_batches, validation_batches
+from train.data import Corpus, TrainingBatches, validation_batches
 from train.errors import ConfigError
 
 FIELDS = ("tokens", "targets", "segments", "positions", "index")
@@ -22,12 +22,12 @@ DOCUMENTS = [list(range(0, 40)), list(range(40, 41)), list(range(41, 104)), list
 
 @pytest.fixture
 def open_batches():
-    """`training_batches` whose reading ahead is stopped after the test."""
+    """`TrainingBatches` whose reading ahead is stopped after the test."""
     opened = []
 
     def open_one(corpus, **options):
         opened.append(
-            training_batches(corpus, **{"batch_size": 4, "sequence_length": 7, "seed": 3, **options})
+            TrainingBatches(corpus, **{"batch_size": 4, "sequence_length": 7, "seed": 3, **options})
         )
         return opened[-1]
 
@@ -188,12 +188,12 @@ def test_validation_may_stop_early_and_repeats():
 def test_errors_name_the_field():
     corpus = corpus_of([[1, 2, 3]])
     with pytest.raises(ConfigError, match=r"data.sequence_length = 3: .* training split has 3;"):
-        training_batches(corpus, batch_size=1, sequence_length=3, seed=0)
+        TrainingBatches(corpus, batch_size=1, sequence_length=3, seed=0)
     with pytest.raises(ConfigError, match=r"data.sequence_length = 3: .* validation split has 3;"):
         validation_batches(corpus, 1, 3)
     with pytest.raises(ConfigError, match=r"data.sequence_length = 0"):
         validation_batches(corpus, 1, 0)
     with pytest.raises(ConfigError, match=r"data.batch_size = 0"):
-        training_batches(corpus, batch_size=0, sequence_length=1, seed=0)
+        TrainingBatches(corpus, batch_size=0, sequence_length=1, seed=0)
     with pytest.raises(ConfigError, match=r"data.batch_size = -1"):
         validation_batches(corpus, -1, 1)

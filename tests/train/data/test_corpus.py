@@ -226,6 +226,7 @@ class TestErrors:
         "line, pattern",
         [
             (b"{oops", r"line 3: is not JSON"),
+            (b"[" * 100_000, r"line 3: is not JSON"),
             (b"[1]", r"line 3: must be a JSON object, is list"),
             (b'{"text": "\xff"}', r"line 3: invalid UTF-8 at byte 10"),
             (b'{"text": "\\ud800"}', r"line 3: half a surrogate pair"),

@@ -3,7 +3,7 @@ import pytest
 import tokenizers
 
 from train.config import DataConfig
-from train.data import build_tokenizer, load_corpus, shards, training_batches, validation_batches
+from train.data import TrainingBatches, build_tokenizer, load_corpus, shards, validation_batches
 from train.errors import ConfigError
 
 # Byte-tokenizer ids: nine documents of ten letters, each ended by the separator.
@@ -49,7 +49,7 @@ def test_batches_are_those_of_the_same_documents_as_text(path, tmp_path):
     corpus = load(path)
     real = [batch["targets"] >= 0 for batch in validation_batches(corpus, 2, 4)]
     assert sum(map(np.sum, real)) == corpus.validation.num_tokens - 1 == 10
-    batches = training_batches(corpus, batch_size=6, sequence_length=4, seed=0)
+    batches = TrainingBatches(corpus, batch_size=6, sequence_length=4, seed=0)
     for batch in (next(batches), next(batches)):
         inside = batch["tokens"] != 256
         seen = batch["targets"][inside & (batch["segments"] > 0)]
