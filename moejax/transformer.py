@@ -110,7 +110,8 @@ class Transformer(nnx.Module):
     """Pre-norm decoder with rotary positions.
 
     Layers repeat with a period (1 when all are alike, 2 when every other one is MoE); the blocks of one period are
-    stacked over the repetitions and run by `lax.scan`, so the program's size does not grow with depth.
+    stacked over the repetitions. More than a few repetitions run by `lax.scan`, so that the program's size does not
+    grow with depth; few ones, whose stacking would cost more than it saves, one after the other.
 
     Args:
       d_hidden: F of the dense layers.
