@@ -4,8 +4,9 @@
 
 Both train on the embedded corpus (the source of the Python standard library, bytes), one after the other on this
 machine, and are evaluated on the whole validation split. The dense twin's hidden width is chosen such that a token
-meets as many parameters as in the MoE. A third run is the MoE once more with as many steps as fit into the dense twin's
-training time, going by the measured times of the first two: its learning rate has come down when that time is over.
+meets as many parameters as in the MoE. Their steps are timed beforehand, in turn, so that a machine that changes its
+speed changes it for both. A third run is the MoE once more with as many steps as fit into the dense twin's training
+time: its learning rate has come down when that time is over.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import pathlib
 import tempfile
 
 from benchmarks import environment
+from benchmarks.twins import VOCAB, Compiled, dense_twin
 from train.config import (
     CheckpointConfig,
     DataConfig,
@@ -28,8 +30,6 @@ from train.config import (
 from train.loop import train
 from train.memory import keep_freed_memory
 from train.model import ModelSpec
-
-VOCAB = 257  # bytes and the separator
 
 
 def moe_config(steps: int) -> TrainConfig:
@@ -51,33 +51,11 @@ def moe_config(steps: int) -> TrainConfig:
     )
 
 
-def active_parameters(config: TrainConfig) -> int:
-    return ModelSpec.from_config(config, VOCAB).count_parameters()[1]
-
-
-def dense_twin(config: TrainConfig) -> TrainConfig:
-    """The dense model whose active parameters come nearest to the MoE's."""
-
-    def dense(d_hidden: int) -> TrainConfig:
-        return dataclasses.replace(
-            config, model=dataclasses.replace(config.model, moe_layers="none", d_hidden=d_hidden)
-        )
-
-    target = active_parameters(config)
-    widths = range(8, 8 * config.model.d_model, 4)
-    return dense(min(widths, key=lambda width: abs(active_parameters(dense(width)) - target)))
-
-
-def run(config: TrainConfig, workdir: pathlib.Path) -> list[tuple[int, float, float]]:
-    """(step, training seconds so far, evaluation loss) of every evaluation."""
+def run(config: TrainConfig, workdir: pathlib.Path) -> dict[int, float]:
+    """Evaluation loss by step."""
     train(dataclasses.replace(config, workdir=str(workdir)), workdir.name)
-    seconds, last, points = 0.0, 0, []
-    for line in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()):
-        if "eval/loss" in line:
-            points.append((line["step"], seconds, line["eval/loss"]))
-        elif line["step"] > 1:  # the first step holds the compilation
-            seconds, last = seconds + line["step_seconds"] * (line["step"] - max(last, 1)), line["step"]
-    return points
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["eval/loss"] for line in lines if "eval/loss" in line}
 
 
 def main() -> None:
@@ -89,31 +67,44 @@ def main() -> None:
     keep_freed_memory()
     configs = {"MoE": moe_config(steps)}
     configs["dense"] = dense_twin(configs["MoE"])
+    step_ms = environment.milliseconds(
+        {name: Compiled(config).step for name, config in configs.items()}, rounds=40
+    )
+    short_steps = max(round(steps * step_ms["dense"] / step_ms["MoE"]), 1)
     with tempfile.TemporaryDirectory() as folder:
-        points = {name: run(config, pathlib.Path(folder) / name) for name, config in configs.items()}
-        (_, moe_seconds, _), (_, budget, dense_end) = points["MoE"][-1], points["dense"][-1]
-        short_steps = max(round(steps * budget / moe_seconds), 1)
-        short = run(moe_config(short_steps), pathlib.Path(folder) / "short")
+        losses = {name: run(config, pathlib.Path(folder) / name) for name, config in configs.items()}
+        short = run(moe_config(short_steps), pathlib.Path(folder) / "short")[short_steps]
     counts = {
         name: ModelSpec.from_config(config, VOCAB).count_parameters() for name, config in configs.items()
     }
+
+    def seconds(name: str, steps: int) -> str:
+        return f"{steps * step_ms[name] / 1e3:.0f}"
+
     rows = [
-        [step, f"{moe:.4f}", f"{dense:.4f}", f"{dense - moe:+.4f}", f"{moe_s:.0f}", f"{dense_s:.0f}"]
-        for (step, moe_s, moe), (_, dense_s, dense) in zip(points["MoE"], points["dense"], strict=True)
+        [
+            step,
+            f"{moe:.4f}",
+            f"{dense:.4f}",
+            f"{dense - moe:+.4f}",
+            seconds("MoE", step),
+            seconds("dense", step),
+        ]
+        for (step, moe), dense in zip(losses["MoE"].items(), losses["dense"].values(), strict=True)
     ]
-    _, short_seconds, short_end = short[-1]
+    dense_end = losses["dense"][steps]
     equal_time = [
-        ["dense", steps, f"{budget:.0f}", f"{dense_end:.4f}", ""],
-        ["MoE", short_steps, f"{short_seconds:.0f}", f"{short_end:.4f}", f"{dense_end - short_end:+.4f}"],
+        ["dense", steps, seconds("dense", steps), f"{dense_end:.4f}", ""],
+        ["MoE", short_steps, seconds("MoE", short_steps), f"{short:.4f}", f"{dense_end - short:+.4f}"],
     ]
     lines = [
         *(
-            f"{name}: {total:,} parameters, {active:,} active per token."
+            f"{name}: {total:,} parameters, {active:,} active per token; {step_ms[name]:.0f} ms per step."
             for name, (total, active) in counts.items()
         ),
         "",
         "At equal steps (evaluation loss in nats per byte; the last row is over the whole validation split, the others"
-        " over a part of it; training seconds without compilation and evaluation):",
+        " over a part of it; seconds of training alone, from the time of a step):",
         "",
         environment.table(["step", "MoE", "dense", "dense - MoE", "MoE s", "dense s"], rows),
         "",
