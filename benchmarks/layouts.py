@@ -20,7 +20,7 @@ from benchmarks import environment  # noqa: E402
 from configs import quickstart  # noqa: E402
 from train.config import TrainConfig  # noqa: E402
 from train.data import TrainingBatches, build_tokenizer, load_corpus  # noqa: E402
-from train.evaluate import device_batch  # noqa: E402
+from train.feed import device_batch  # noqa: E402
 from train.program import make_program  # noqa: E402
 
 STEPS = 50

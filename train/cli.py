@@ -52,12 +52,27 @@ class ReportOptions:
     """Folder of the report. Unset: `report` in the first run's directory."""
 
 
+@dataclass(frozen=True)
+class LaunchOptions:
+    """How many processes `moejax launch` starts."""
+
+    processes: int = 1
+    """Processes of the run, all on this machine."""
+    devices_per_process: int | None = None
+    """CPU devices of each process. Unset: what each one finds; for GPUs set CUDA_VISIBLE_DEVICES by a scheduler."""
+
+
 @dataclass
 class Words:
-    """A command line taken apart, nothing looked up yet."""
+    """A command line taken apart, nothing looked up yet.
+
+    Fields:
+      rest: what comes behind `launch` and its options: a command line of its own.
+    """
 
     arguments: list[str] = field(default_factory=list)
     options: dict[str, str] = field(default_factory=dict)
+    rest: list[str] = field(default_factory=list)
     help: bool = False
     version: bool = False
     traceback: bool = False
@@ -65,7 +80,10 @@ class Words:
 
 @dataclass(frozen=True)
 class Command:
-    """One command: `run(argument, options)` gives the exit code; the argument is a list where it takes many."""
+    """One command: `run(argument, options)` gives the exit code; the argument is a list where it takes many.
+
+    `flags` are options beside those of the dataclass `options`, which no config holds.
+    """
 
     summary: str
     argument: str | None
@@ -73,6 +91,7 @@ class Command:
     options: type
     run: Callable[..., int]
     takes_many: bool = False
+    flags: tuple[str, ...] = ()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -124,6 +143,9 @@ def take_apart(argv: list[str], words: Words) -> None:
         elif word in ("--version", "--traceback"):
             setattr(words, word[2:], True)
         elif not word.startswith("--"):
+            if words.arguments == ["launch"]:
+                words.rest = [word, *reversed(waiting)]
+                return
             words.arguments.append(word)
         else:
             name, equals, value = word[2:].partition("=")
@@ -151,6 +173,8 @@ def _run(words: Words) -> int:
         rule = f"must be one of {', '.join(COMMANDS)}{nearest(name, COMMANDS)}"
         raise ConfigError("command", shown(name), rule)
     command = COMMANDS[name]
+    if name == "launch":
+        arguments = words.rest
     if words.help:
         return _help(name, command, arguments)
     if command.argument and not arguments:
@@ -159,7 +183,7 @@ def _run(words: Words) -> int:
         rule = f"one argument too many: moejax {name} takes {command.argument or 'none'}"
         raise ConfigError("argument", shown(surplus[0]), rule)
     options = dict(words.options)
-    known = [*leaf_types(command.options), "cpu_devices", "traceback"]
+    known = [*leaf_types(command.options), *command.flags, "cpu_devices", "traceback"]
     for option, value in options.items():
         if option not in known:
             raise unknown_field(option, value, known)
@@ -173,14 +197,16 @@ def _train(argument: str, options: Mapping[str, str]) -> int:
     from train.memory import keep_freed_memory
 
     config, name = find_config(argument)
-    config = override(config, options)
+    config = override(config, {option: value for option, value in options.items() if option not in _PLACE})
     if _steps_run_on_cpu():
         keep_freed_memory()
 
     import jax
 
+    from train import processes
     from train.loop import train
 
+    processes.join(options)
     try:
         train(config, name)
     except (OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
@@ -253,12 +279,26 @@ def _report(arguments: Sequence[str], options: Mapping[str, str]) -> int:
     return 0
 
 
+def _launch(words: Sequence[str], options: Mapping[str, str]) -> int:
+    from train.launch import launch
+
+    chosen = override(LaunchOptions(), options, prefix="--")
+    for name, value in (("processes", chosen.processes), ("devices_per_process", chosen.devices_per_process)):
+        if value is not None and not 1 <= value <= MAX_CPU_DEVICES:
+            raise ConfigError(f"--{name}", value, f"must be between 1 and {MAX_CPU_DEVICES}")
+    if words[0] != "train":
+        raise ConfigError("COMMAND...", shown(words[0]), "must be a command line that begins with train")
+    return launch(words, chosen.processes, chosen.devices_per_process)
+
+
 def _doctor(argument: str, options: Mapping[str, str]) -> int:
     from train.doctor import doctor
 
     return 0 if doctor() else 1
 
 
+# This process's place among several, where neither `moejax launch` nor a scheduler says it.
+_PLACE = ("coordinator", "processes", "process_id")
 _RUN = "the directory of a run, as made by moejax train"
 COMMANDS = {
     "train": Command(
@@ -267,6 +307,7 @@ COMMANDS = {
         "a Python file with config() -> TrainConfig, the name of a shipped config, or a config.yaml",
         TrainConfig,
         _train,
+        flags=_PLACE,
     ),
     "eval": Command("Print a run's loss on its whole validation split.", "RUN", _RUN, NoOptions, _eval),
     "generate": Command("Continue a prompt with a run's model.", "RUN", _RUN, GenerateOptions, _generate),
@@ -276,6 +317,14 @@ COMMANDS = {
         "directories of runs, as made by moejax train",
         ReportOptions,
         _report,
+        takes_many=True,
+    ),
+    "launch": Command(
+        "Run a command in several processes on this machine.",
+        "COMMAND...",
+        "train and what goes with it",
+        LaunchOptions,
+        _launch,
         takes_many=True,
     ),
     "doctor": Command("Show and check what this machine offers.", None, "", NoOptions, _doctor),
@@ -321,6 +370,8 @@ def _overview() -> str:
             *lines,
             "",
             "  --cpu-devices N   run on N CPU devices",
+            "  --coordinator HOST:PORT --processes N --process-id I",
+            "                    this is process I of N; Slurm, Open MPI and moejax launch say so themselves",
             "  --traceback       show where an error of input was found",
             "  --version         show the version",
             "  --help            after a command: its options",

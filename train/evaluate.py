@@ -14,24 +14,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 import moejax
-from moejax.mesh import token_sharding
 from train.checkpoint import BEST, EXTENT, Checkpoints
 from train.config import TrainConfig
 from train.config_io import load_config
 from train.data import load_corpus, load_tokenizer, validation_batches
 from train.errors import ConfigError
+from train.feed import device_batch, process_rows
 from train.model import ModelSpec, product_precision
-from train.step import BATCH_FIELDS, Batch, make_eval_step
+from train.step import make_eval_step
 
 log = logging.getLogger("moejax")
 
 # Enough to keep a device busy, few enough that their arrays take no memory worth the name.
 IN_FLIGHT = 16
-
-
-def device_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
-    """What the model sees of a host batch, split over all devices."""
-    return jax.device_put({name: batch[name] for name in BATCH_FIELDS}, token_sharding(mesh))
 
 
 @dataclass(frozen=True)
@@ -121,7 +116,8 @@ def evaluate_run(run_dir: str) -> tuple[float, int]:
             rule = "its content has changed since the run; on another split the loss would say nothing"
             raise ConfigError("data.path", config.data.path, rule)
         batch_size = math.ceil(config.data.batch_size / mesh.size) * mesh.size
-        batches = validation_batches(corpus, batch_size, config.data.sequence_length)
+        rows = process_rows(mesh, batch_size)
+        batches = validation_batches(corpus, batch_size, config.data.sequence_length, rows=rows)
         evaluation = evaluate(jax.jit(make_eval_step(spec)), params, batches, mesh)
     loss, tokens = evaluation.loss(), evaluation.tokens()
     line = f"eval/loss {loss:.6f} at step {step} over {tokens:,} tokens"

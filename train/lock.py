@@ -15,7 +15,7 @@ from train.errors import ConfigError
 
 @contextlib.contextmanager
 def lock_run(run_dir: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold `<run>/.lock` for the block; taken by process 0 of a run.
+    """Hold `<run>/.lock` for the block; called by process 0 of a run.
 
     Args:
       run_dir: an existing run directory.

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 import moejax
 from moejax.cost import peak_flops, train_flops_per_token
+from train import processes
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig
 from train.config_io import load_config, refuse_other_run, save_config, with_absolute_paths
@@ -26,10 +27,11 @@ from train.data import (
     validation_batches,
 )
 from train.errors import ConfigError, Interrupted
-from train.evaluate import device_batch, evaluate
+from train.evaluate import evaluate
+from train.feed import abstract_batch, device_batch, process_rows
 from train.lock import lock_run
 from train.model import ModelSpec, product_precision
-from train.monitor import Monitor, held_back
+from train.monitor import Bystander, Monitor, held_back
 from train.program import make_program
 from train.reporter import Reporter
 from train.signals import stop_signals
@@ -51,7 +53,7 @@ def train(config: TrainConfig, name: str) -> None:
     """
     # ---- input: everything that can be refused is refused before the workdir exists ----
     validate(config, jax.device_count())
-    workdir = Path(config.workdir or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}")
+    workdir = _workdir(config, name)
     earlier = load_config(workdir / "config.yaml") if (workdir / "config.yaml").exists() else None
     config = with_absolute_paths(config, earlier)
     if earlier is not None:
@@ -60,10 +62,19 @@ def train(config: TrainConfig, name: str) -> None:
     _check_vocabulary(config, tokenizer)
     corpus = load_corpus(config.data, tokenizer)
     batch_size, sequence_length = config.data.batch_size, config.data.sequence_length
-    batches = TrainingBatches(
-        corpus, batch_size=batch_size, sequence_length=sequence_length, seed=config.seed
-    )
     mesh = moejax.make_mesh(data=config.mesh.data, expert=config.mesh.expert)
+    rows = process_rows(mesh, batch_size)
+    batches = TrainingBatches(
+        corpus, batch_size=batch_size, sequence_length=sequence_length, seed=config.seed, rows=rows
+    )
+    processes.require_agreement(
+        {
+            "CONFIG": repr(config),
+            "versions": processes.versions(),
+            "data.path": corpus.content_hash,
+            "data.tokenizer": corpus.tokenizer_hash,
+        }
+    )
     program = make_program(config, tokenizer.vocab_size, mesh)
 
     with ExitStack() as stack:
@@ -71,7 +82,8 @@ def train(config: TrainConfig, name: str) -> None:
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(product_precision(config))
         _make_directory(workdir)
-        stack.enter_context(lock_run(workdir))
+        if processes.is_first():
+            stack.enter_context(lock_run(workdir))
         stop = stack.enter_context(stop_signals())
 
         # ---- restore, or begin ----
@@ -83,29 +95,26 @@ def train(config: TrainConfig, name: str) -> None:
             rule = f"must be at least {first}, which this run has already done"
             raise ConfigError("steps", config.steps, rule)
         # Only now is nothing left that could refuse to go on: a refused resume leaves the run as it was.
-        save_config(config, workdir / "config.yaml")
-        tokenizer.save(workdir)
+        if processes.is_first():
+            save_config(config, workdir / "config.yaml")
+            tokenizer.save(workdir)
 
         # ---- reports ----
-        monitor = stack.enter_context(
-            Monitor(
-                workdir,
-                config.log,
-                total_steps=config.steps,
-                start_step=first,
-                tokens_per_step=batch_size * sequence_length,
-                mfu_per_token=_mfu_per_token(program.spec, mesh),
-            )
-        )
+        monitor = _monitor(workdir, config, program.spec, mesh, first)
+        stack.push(monitor)
         for record in warnings:
             log.handle(record)
         reporter = Reporter(monitor, program.spec, mesh)
         log.info("run directory: %s", workdir)
         _introduce(program.spec, corpus, mesh, first)
 
+        batch_shape = abstract_batch(mesh, batch_size, sequence_length)
+        train_step = processes.compile_together(program.train_step, program.abstract_state, batch_shape)
+        eval_step = processes.compile_together(program.eval_step, program.abstract_state.params, batch_shape)
+
         # ---- the loop ----
         for step in range(first + 1, config.steps + 1):
-            state, metrics = program.train_step(state, device_batch(next(batches), mesh))
+            state, metrics = train_step(state, device_batch(next(batches), mesh))
             last = step == config.steps
             reporter.add(step, metrics, logged=last or step == 1 or step % config.log.every == 0)
 
@@ -115,19 +124,22 @@ def train(config: TrainConfig, name: str) -> None:
                 reporter.flush()
                 with monitor.paused():
                     part = config.eval.max_batches
-                    split = validation_batches(corpus, batch_size, sequence_length, None if last else part)
-                    evaluation = evaluate(program.eval_step, state.params, split, mesh)
+                    whole = None if last else part
+                    split = validation_batches(corpus, batch_size, sequence_length, whole, rows)
+                    evaluation = evaluate(eval_step, state.params, split, mesh)
                     extra |= evaluation.standing(part)
-                    is_best = config.checkpoint.every > 0 and checkpoints.would_be_best(extra)
+                    if config.checkpoint.every > 0:
+                        is_best = processes.from_first(checkpoints.would_be_best(extra))
                 monitor.evaluation(step, evaluation.loss())
 
-            if last or _due(step, config.checkpoint.every) or is_best or stop.number:
+            stopping = stop.after(step)
+            if last or _due(step, config.checkpoint.every) or is_best or stopping:
                 reporter.flush()
                 with monitor.paused():
                     reporter.refuse_broken(step, state.params)
                     checkpoints.save(step, state, batches.get_state(), extra)
 
-            if stop.number and not last:
+            if stopping and not last:
                 checkpoints.wait()
                 raise Interrupted(stop.number, step)
         checkpoints.wait()
@@ -144,11 +156,34 @@ def _check_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> None:
         raise ConfigError("model.vocab_size", size, rule)
 
 
+def _workdir(config: TrainConfig, name: str) -> Path:
+    if config.workdir:
+        return Path(config.workdir)
+    if jax.process_count() > 1:
+        raise ConfigError("workdir", "(nothing)", "must be given, so that all processes have the same")
+    return Path(f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}")
+
+
 def _make_directory(workdir: Path) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError("workdir", workdir, f"cannot be created: {error.strerror}") from error
+
+
+def _monitor(
+    workdir: Path, config: TrainConfig, spec: ModelSpec, mesh: Mesh, first: int
+) -> Monitor | Bystander:
+    if not processes.is_first():
+        return Bystander()
+    return Monitor(
+        workdir,
+        config.log,
+        total_steps=config.steps,
+        start_step=first,
+        tokens_per_step=config.data.batch_size * config.data.sequence_length,
+        mfu_per_token=_mfu_per_token(spec, mesh),
+    )
 
 
 def _introduce(spec: ModelSpec, corpus: Corpus, mesh: Mesh, first: int) -> None:

@@ -169,6 +169,30 @@ class Monitor:
             raise TrainingFailed(f"the metrics of step {step} could not be written: {error}") from error
 
 
+class Bystander:
+    """What stands in for the monitor in every process but the first: it reports nothing."""
+
+    def __enter__(self) -> Bystander:
+        """Nothing to open."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to close."""
+
+    def train(
+        self, step: int, metrics: Mapping[str, float], layers: Mapping[str, np.ndarray] | None = None
+    ) -> None:
+        """Process 0 reports it."""
+
+    def evaluation(self, step: int, loss: float) -> None:
+        """Process 0 reports it."""
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing is timed here."""
+        yield
+
+
 @contextlib.contextmanager
 def held_back() -> Iterator[list[logging.LogRecord]]:
     """Collect what is logged in the block, while there is no monitor to show it; give it to one by `log.handle`."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from train.config import TrainConfig
 from train.model import ModelSpec
@@ -50,6 +51,7 @@ def make_program(config: TrainConfig, vocab_size: int, mesh: Mesh) -> Program:
         shapes = jax.eval_shape(init)
         shardings = state_shardings(spec, shapes, mesh)
     place = lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)  # noqa: E731
+    replicated = NamedSharding(mesh, P())  # what is fetched, every process has whole
     return Program(
         spec,
         mesh,
@@ -58,10 +60,10 @@ def make_program(config: TrainConfig, vocab_size: int, mesh: Mesh) -> Program:
         train_step=jax.jit(
             make_train_step(spec, optimizer, schedule, mesh),
             donate_argnums=0,
-            out_shardings=(shardings, None),
+            out_shardings=(shardings, replicated),
             compiler_options=_compiler_options(mesh),
         ),
-        eval_step=jax.jit(make_eval_step(spec)),
+        eval_step=jax.jit(make_eval_step(spec), out_shardings=replicated),
     )
 
 

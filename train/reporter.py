@@ -6,13 +6,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from train.errors import TrainingFailed
 from train.finite import FiniteCheck
 from train.metrics import LAYERS
 from train.model import ModelSpec
-from train.monitor import Monitor
+from train.monitor import Bystander, Monitor
 from train.step import Metrics
 
 # Steps whose metrics may wait on the device.
@@ -26,10 +27,10 @@ class Reporter:
     than MAX_AHEAD steps ahead of the device.
     """
 
-    def __init__(self, monitor: Monitor, spec: ModelSpec, mesh: Mesh):
+    def __init__(self, monitor: Monitor | Bystander, spec: ModelSpec, mesh: Mesh):
         self._monitor = monitor
         self._check_finite = FiniteCheck(spec)
-        self._finite_parts = jax.jit(self._check_finite)
+        self._finite_parts = jax.jit(self._check_finite, out_shardings=NamedSharding(mesh, P()))
         self._device = mesh.local_mesh.devices.flat[0]
         self._pending: list[tuple[int, Metrics, bool]] = []
 

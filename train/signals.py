@@ -9,18 +9,42 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import jax
+from jax.experimental import multihost_utils
+
 log = logging.getLogger("moejax")
 
 
 class Stop:
-    """Number of the signal that asked the run to stop, 0 for none."""
+    """A signal that asked the run to stop: `number`, 0 for none yet."""
 
     number = 0
+
+    def after(self, step: int) -> bool:
+        """Whether the run is to stop after this step; asked once after each."""
+        return self.number > 0
+
+
+class StopTogether(Stop):
+    """The same for several processes, of which any may be signalled: all stop after the same step.
+
+    jax's coordination service passes SIGTERM on and chooses a step that no process has passed yet.
+    """
+
+    def after(self, step: int) -> bool:
+        """Whether the run is to stop after this step, in all processes alike."""
+        if multihost_utils.reached_preemption_sync_point(step):
+            self.number = signal.SIGTERM
+        return self.number > 0
 
 
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
     """Turn SIGINT and SIGTERM into a request that the loop honours after the step; a second one acts at once."""
+    if jax.process_count() > 1:
+        # jax has taken SIGTERM when the processes were joined; a terminal's SIGINT is left to `moejax launch`.
+        yield StopTogether()
+        return
     stop = Stop()
 
     def request(number: int, _: Any) -> None:

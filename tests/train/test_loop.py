@@ -21,7 +21,8 @@ from tests.train import small
 from train import cli, reporter
 from train.config_io import find_config, load_config, save_config
 from train.data import load_corpus, load_tokenizer
-from train.evaluate import IN_FLIGHT, Evaluation, device_batch, evaluate, evaluate_run, restore_params
+from train.evaluate import IN_FLIGHT, Evaluation, evaluate, evaluate_run, restore_params
+from train.feed import device_batch
 from train.generate import generate_run, sample
 from train.model import ModelSpec
 from train.reporter import Reporter

@@ -128,7 +128,11 @@ class _Windows:
 
 
 def validation_batches(
-    corpus: Corpus, batch_size: int, sequence_length: int, max_batches: int | None = None
+    corpus: Corpus,
+    batch_size: int,
+    sequence_length: int,
+    max_batches: int | None = None,
+    rows: slice | None = None,
 ) -> Iterator[Batch]:
     """The validation split once, in order, in windows that do not share a prediction.
 
@@ -141,6 +145,7 @@ def validation_batches(
       batch_size: B.
       sequence_length: S.
       max_batches: stop after so many; unset: the whole split.
+      rows: the rows of each batch to read (this process's share); unset: all.
 
     Raises:
       ConfigError: no window of S predictions fits the validation split, or B < 1.
@@ -151,11 +156,11 @@ def validation_batches(
         raise ConfigError("data.batch_size", batch_size, "must be at least 1")
     batches = -(-num_windows(stream, sequence_length) // batch_size)
     numbers = range(batches if max_batches is None else min(batches, max_batches))
-    return (_validation_batch(stream, number, batch_size, sequence_length) for number in numbers)
+    rows_B = np.arange(batch_size)[rows or slice(None)]
+    return (_validation_batch(stream, number * batch_size + rows_B, sequence_length) for number in numbers)
 
 
-def _validation_batch(stream: TokenStream, number: int, batch_size: int, sequence_length: int) -> Batch:
-    window_B = number * batch_size + np.arange(batch_size)
+def _validation_batch(stream: TokenStream, window_B: np.ndarray, sequence_length: int) -> Batch:
     count_B = np.clip(stream.num_predictions - window_B * sequence_length, 0, sequence_length)
     first_B = np.where(count_B > 0, window_B * sequence_length, 0)
     batch = cut_windows(stream, first_B, count_B, sequence_length)

@@ -1,0 +1,213 @@
+"""One run in several processes: where they stand, that they agree, and that the numbers are those of one process."""
+
+import dataclasses
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests import tolerance
+from tests.train import small
+from train import processes
+from train.errors import ConfigError
+from train.processes import Place, find_place, scheduler
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "place"),
+    [
+        ({}, {}, None),
+        (
+            {},
+            {"MOEJAX_COORDINATOR": "h:1", "MOEJAX_PROCESSES": "2", "MOEJAX_PROCESS_ID": "1"},
+            Place("h:1", 2, 1),
+        ),
+        (
+            {"process_id": "0"},
+            {"MOEJAX_COORDINATOR": "h:1", "MOEJAX_PROCESSES": "2", "MOEJAX_PROCESS_ID": "1"},
+            Place("h:1", 2, 0),
+        ),
+        ({"coordinator": "[::1]:80", "processes": "3", "process_id": "2"}, {}, Place("[::1]:80", 3, 2)),
+    ],
+)
+def test_a_place_is_found(options, environment, place):
+    assert find_place(options, environment) == place
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"processes": "2"}, r"--coordinator = \(nothing\): must be given along with"),
+        ({"coordinator": "h", "processes": "2", "process_id": "0"}, "--coordinator = h: must be HOST:PORT"),
+        ({"coordinator": "h:99999", "processes": "2", "process_id": "0"}, "--coordinator = h:99999: must be"),
+        ({"coordinator": "h:1", "processes": "two", "process_id": "0"}, "--processes = two: must be a whole"),
+        ({"coordinator": "h:1", "processes": "0", "process_id": "0"}, "--processes = 0: must be at least 1"),
+        (
+            {"coordinator": "h:1", "processes": "2", "process_id": "2"},
+            r"--process_id = 2: must be below .*\(2\)",
+        ),
+        ({"coordinator": "h:1", "processes": "2", "process_id": "-1"}, "--process_id = -1: must be a whole"),
+    ],
+)
+def test_a_bad_place_is_refused(options, message):
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        find_place(options, {})
+
+
+@pytest.mark.parametrize(
+    ("environment", "name"),
+    [
+        ({}, None),
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}, "Slurm"),
+        ({"SLURM_NTASKS": "4"}, None),  # the shell of an allocation
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"}, None),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
+        ({"JOBSET_NAME": "train"}, "Kubernetes"),
+    ],
+)
+def test_schedulers_are_recognised(environment, name):
+    assert scheduler(environment) == name
+
+
+def test_a_coordinator_out_of_reach_is_named(monkeypatch):
+    monkeypatch.setattr(processes, "CONNECT_SECONDS", 0.5)
+    with pytest.raises(
+        ConfigError, match=r"^--coordinator = 127.0.0.1:1: process 1 could not reach it .*refused"
+    ):
+        processes.join({"coordinator": "127.0.0.1:1", "processes": "2", "process_id": "1"})
+
+
+@pytest.fixture
+def config(tmp_path):
+    base = small.config()
+    text = small.write_text(tmp_path / "text.txt")
+    data = dataclasses.replace(base.data, path=str(text))
+    mesh = dataclasses.replace(base.mesh, expert=4)
+    return small.write_config(tmp_path / "small.py", dataclasses.replace(base, data=data, mesh=mesh))
+
+
+def start(*words):
+    return subprocess.Popen(
+        [sys.executable, "-m", "train", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ,
+    )
+
+
+def run(*words, code=0):
+    process = start(*words)
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == code, output
+    return output
+
+
+def launched(config, workdir, *options):
+    return (
+        "launch",
+        "--processes",
+        2,
+        "--devices-per-process",
+        2,
+        "train",
+        config,
+        "--workdir",
+        workdir,
+        *options,
+    )
+
+
+def wait_for_step(workdir, step, process):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        path = workdir / "metrics.jsonl"
+        if path.exists() and f'"step": {step},' in path.read_text():
+            return
+        time.sleep(0.01)
+    process.kill()
+    raise AssertionError(f"step {step} was never reached: {process.communicate()[0]}")
+
+
+def children(process):
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def is_gone(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+OPTIONS = ("--steps", 24, "--eval.every", 12)
+
+
+@pytest.fixture
+def undisturbed(config, tmp_path):
+    """Metrics of the run in two processes."""
+    output = run(*launched(config, tmp_path / "two", *OPTIONS))
+    assert "\x1b" not in output and output.count("step 24/24") == 2, "only process 0 shows its progress"
+    assert (tmp_path / "two" / "logs" / "process-1.txt").exists()
+    return small.read_metrics(tmp_path / "two")
+
+
+def test_two_processes_train_like_one(config, tmp_path, undisturbed):
+    run("train", config, "--workdir", tmp_path / "one", "--cpu-devices", 4, *OPTIONS)
+    one = small.read_metrics(tmp_path / "one")
+    assert [line["step"] for line in undisturbed] == [line["step"] for line in one]
+    for expected, actual in zip(one, undisturbed, strict=True):
+        for name in {"loss", "aux_loss", "grad_norm", "eval/loss"} & set(expected):
+            tolerance.assert_close(actual[name], expected[name], tolerance.F32_MODEL, name)
+
+
+@pytest.mark.slow
+def test_processes_are_stopped_and_killed_together_and_go_on_to_the_same_bits(config, tmp_path, undisturbed):
+    workdir = tmp_path / "disturbed"
+    process = start(*launched(config, workdir, *OPTIONS))
+    wait_for_step(workdir, 7, process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 143 and "stopped by signal 15" in output, output
+
+    process = start(*launched(config, workdir, *OPTIONS))
+    wait_for_step(workdir, 17, process)
+    first, second = children(process)
+    os.kill(second, signal.SIGKILL)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 3 and "error: process 1 of 2 ended with code 137" in output, output
+    assert is_gone(first) and is_gone(second)
+
+    run(*launched(config, workdir, *OPTIONS))
+    assert small.read_metrics(workdir) == undisturbed, "to the last bit"
+
+
+def test_bad_input_of_a_launched_run_writes_nothing(config, tmp_path):
+    output = run(*launched(config, tmp_path / "run", "--mesh.expert", 3), code=2)
+    assert output.strip().splitlines()[-1].startswith("error: mesh.expert = 3: ")
+    assert not (tmp_path / "run").exists()
+    output = run("launch", "--processes", 0, "train", config, code=2)
+    assert output == "error: --processes = 0: must be between 1 and 4096\n"
+    output = run("launch", "--processes", 2, "eval", "x", code=2)
+    assert output.startswith("error: COMMAND... = eval: must be a command line that begins with train")
+
+
+def test_processes_with_different_configs_refuse_to_begin(config, tmp_path):
+    from train.launch import _free_port
+
+    place = ("--coordinator", f"127.0.0.1:{_free_port()}", "--processes", 2, "--workdir", tmp_path / "run")
+    words = ("train", config, "--cpu-devices", 2, *place)
+    other = start(*words, "--process-id", 1, "--seed", 7)
+    output = run(*words, "--process-id", 0, code=2)
+    assert other.communicate(timeout=60)[0] and other.returncode == 2
+    assert re.search(
+        r"^error: CONFIG = .*must be the same in every process, but that of process 1", output, re.M
+    )
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,180 @@
+"""`moejax launch`: the processes of one run on this machine, for several GPUs or for trying out a cluster run.
+
+On a cluster the scheduler starts them (see docs/clusters.md).
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from types import FrameType
+
+from train.errors import TrainingFailed
+from train.processes import COORDINATOR, PROCESS_ID, PROCESSES
+
+GRACE_SECONDS = 15
+"""How long the others may take to end after one has died, before they are killed."""
+LAST_LINES = 8
+"""Lines of a dead process that are shown."""
+
+# Exit codes of processes that a signal has stopped in order: all of them are about to end by themselves.
+_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+
+
+class Worker:
+    """One process of the run. The first one shows its output; that of the others goes to a file.
+
+    Args:
+      number: its place among the processes.
+      command: what it runs.
+      environment: its whole environment.
+      log: where its output goes once the run's directory is there, for nothing is written before the input is sound.
+        Unset: the terminal.
+    """
+
+    def __init__(
+        self, number: int, command: Sequence[str], environment: Mapping[str, str], log: pathlib.Path | None
+    ):
+        self.number, self.log = number, log
+        self.last_lines: collections.deque[str] = collections.deque(maxlen=LAST_LINES)
+        # A group of its own: Ctrl-C reaches the launcher alone, which passes it on once.
+        self.process = subprocess.Popen(
+            command,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE if log else None,
+            stderr=subprocess.STDOUT if log else None,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True) if log else None
+        if self._reader:
+            self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None and self.log is not None
+        waiting: list[str] = []
+        for line in itertools.chain(self.process.stdout, [""]):
+            self.last_lines.extend([line.rstrip()] if line else [])
+            waiting.append(line)
+            if self.log.parent.parent.is_dir():
+                self.log.parent.mkdir(exist_ok=True)
+                with self.log.open("a", encoding="utf-8") as file:
+                    file.writelines(waiting)
+                waiting.clear()
+
+    def signal(self, number: int) -> None:
+        """Pass a signal on to the process and what it started."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, number)
+
+    def end(self) -> int:
+        """Wait for it and for all it wrote; the exit code as a shell gives it."""
+        code = self.process.wait()
+        if self._reader:
+            self._reader.join()
+        return 128 - code if code < 0 else code
+
+
+def launch(words: Sequence[str], processes: int, devices: int | None) -> int:
+    """Run `moejax WORDS` in several processes and wait for them all.
+
+    When one fails, the others are stopped: they could not go on without it.
+
+    Args:
+      words: a command line of `moejax`, such as `train quickstart --workdir runs/here`.
+      processes: how many.
+      devices: CPU devices of each; unset: what the process finds.
+
+    Returns:
+      0; 2 for bad input; 128 + signal when the run was stopped by one, after a checkpoint.
+
+    Raises:
+      TrainingFailed: a process died; names it and shows its last lines.
+    """
+    coordinator = f"127.0.0.1:{_free_port()}"
+    command = [sys.executable, "-m", "train", *words]
+    if devices is not None:
+        command += ["--cpu-devices", str(devices)]
+    logs = _log_folder(words)
+    workers = []
+    for number in range(processes):
+        environment = os.environ | {
+            COORDINATOR: coordinator,
+            PROCESSES: str(processes),
+            PROCESS_ID: str(number),
+        }
+        log = logs / f"process-{number}.txt" if number else None
+        workers.append(Worker(number, command, environment, log))
+
+    def pass_on(number: int, _: FrameType | None) -> None:
+        # jax listens for SIGTERM only, and tells all processes once one has it.
+        for worker in workers:
+            worker.signal(signal.SIGTERM)
+
+    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        dead = _wait_for_first_failure(workers)
+        if dead is not None and dead.process.returncode not in _STOPPED:
+            _stop_all(workers)
+        codes = [worker.end() for worker in workers]
+    finally:
+        for worker in workers:
+            worker.signal(signal.SIGKILL)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if dead is None:
+        return 0
+    code = codes[dead.number]
+    if code == 2 or code in _STOPPED:
+        if dead.number:  # process 0 has said it itself
+            print(*dead.last_lines, sep="\n", file=sys.stderr)
+        return code
+    shown = "".join(f" | {line}" for line in dead.last_lines)
+    raise TrainingFailed(f"process {dead.number} of {processes} ended with code {code}{shown}")
+
+
+def _wait_for_first_failure(workers: Sequence[Worker]) -> Worker | None:
+    """The first worker to end with anything but 0; None when all end well."""
+    while True:
+        codes = [worker.process.poll() for worker in workers]
+        for worker, code in zip(workers, codes, strict=True):
+            if code not in (0, None):
+                return worker
+        if all(code == 0 for code in codes):
+            return None
+        time.sleep(0.05)
+
+
+def _stop_all(workers: Sequence[Worker]) -> None:
+    """Let the others find out by themselves, then end them: nobody may be left behind."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    while time.monotonic() < deadline and any(worker.process.poll() is None for worker in workers):
+        time.sleep(0.05)
+    for worker in workers:
+        worker.signal(signal.SIGKILL)
+
+
+def _log_folder(words: Sequence[str]) -> pathlib.Path:
+    """`logs` in the run's directory, which the command line names."""
+    for word, value in zip(words, [*words[1:], ""], strict=True):
+        name, equals, same_word = word.partition("=")
+        if name == "--workdir":
+            return pathlib.Path(same_word if equals else value) / "logs"
+    return pathlib.Path("logs")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
