@@ -18,6 +18,7 @@ RowKernels<T> of_rows() {
 
 extern const Kernels kKernels;
 const Kernels kKernels = {MOEJAX_ISA_NAME,
+                          {copy, copy_past_caches, fence},
                           of_rows<float>(),
                           of_rows<double>(),
                           of_rows<bf16>(),

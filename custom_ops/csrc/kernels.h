@@ -69,8 +69,16 @@ struct SwigluKernels {
   void (*backward)(const SwigluRow<T>&);
 };
 
+struct CopyKernels {
+  void (*copy)(int64_t bytes, const char* from, char* to);
+  // Of rows that no cache would hold until they are read; to be followed by a fence, in the same thread.
+  void (*copy_past_caches)(int64_t bytes, const char* from, char* to);
+  void (*fence)();
+};
+
 struct Kernels {
   const char* instruction_set;
+  CopyKernels bytes;
   RowKernels<float> f32;
   RowKernels<double> f64;
   RowKernels<bf16> bf16_rows;

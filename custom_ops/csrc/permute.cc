@@ -14,6 +14,8 @@ namespace {
 
 // What a task moves: enough to pay for waking a thread, little enough to share out small buffers too.
 constexpr int64_t kTaskBytes = 1 << 18;
+// Results of more bytes than this have left the caches before they are read.
+constexpr int64_t kCachedBytes = 1 << 24;
 
 int64_t per_task(int64_t bytes_each) { return std::max<int64_t>(1, kTaskBytes / std::max<int64_t>(1, bytes_each)); }
 
@@ -73,6 +75,7 @@ void spread(ffi::ThreadPool& pool, const void* x, const ffi::Buffer<ffi::S32>& p
       if (position_TK[m] < 0) continue;
       copy(m, static_cast<const char*>(x) + m / K * row_bytes, static_cast<char*>(rows) + position_TK[m] * row_bytes);
     }
+    kernels().bytes.fence();
   });
 }
 
@@ -82,8 +85,8 @@ void spread_weighted(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::
   const int64_t D = x.dimensions()[1];
   const auto* weights_TK = static_cast<const Wide<T>*>(weights.untyped_data());
   const auto scale = kernels().of<T>().scale;
-  spread(pool, x.untyped_data(), position, rows.untyped_data(), D * sizeof(T), [&](int64_t m, const void* from, void* to) {
-    scale(D, weights_TK[m], static_cast<const T*>(from), static_cast<T*>(to));
+  spread(pool, x.untyped_data(), position, rows.untyped_data(), D * sizeof(T), [&](int64_t m, const char* from, char* to) {
+    scale(D, weights_TK[m], reinterpret_cast<const T*>(from), reinterpret_cast<T*>(to));
   });
 }
 
@@ -116,8 +119,10 @@ ffi::Error permute(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32>
       spread_weighted<std::remove_pointer_t<decltype(type)>>(pool, x, position, weights, *rows);
     });
   }
+  const CopyKernels& bytes = kernels().bytes;
+  const auto copy = N * row_bytes > kCachedBytes ? bytes.copy_past_caches : bytes.copy;
   spread(pool, x.untyped_data(), position, rows->untyped_data(), row_bytes,
-         [&](int64_t, const void* from, void* to) { std::memcpy(to, from, row_bytes); });
+         [&](int64_t, const char* from, char* to) { copy(row_bytes, from, to); });
   return ffi::Error::Success();
 }
 

@@ -1,5 +1,9 @@
-// Scaling and summing of whole rows. Included once per instruction set, by kernels.cc.
+// Copying, scaling and summing of whole rows. Included once per instruction set, by kernels.cc.
 #pragma once
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 
 #include "vectors.h"
 
@@ -9,6 +13,43 @@ namespace {
 template <typename T>
 void narrow(int64_t width, const Wide<T>* in, T* out) {
   over_vectors<T>(width, [&](int64_t j, int64_t count) { store_part(out + j, load_part(in + j, count), count); });
+}
+
+// Writes past the caches, which otherwise read what is about to be written over. `to` is aligned to a vector.
+inline void stream(char* to, const Int32s& v) {
+#ifndef __x86_64__
+  std::memcpy(to, &v, sizeof(v));
+#elif MOEJAX_VECTOR_BYTES == 64
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), same_bits<__m512i>(v));
+#elif MOEJAX_VECTOR_BYTES == 32
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), same_bits<__m256i>(v));
+#else
+  _mm_stream_si128(reinterpret_cast<__m128i*>(to), same_bits<__m128i>(v));
+#endif
+}
+
+void copy(int64_t bytes, const char* from, char* to) {
+  constexpr int64_t V = MOEJAX_VECTOR_BYTES;
+  int64_t j = 0;
+  for (; j + V <= bytes; j += V) {
+    const Int32s v = load_bits<Int32s>(from + j);
+    std::memcpy(to + j, &v, V);
+  }
+  std::memcpy(to + j, from + j, bytes - j);
+}
+
+// As copy; where `to` is not aligned it is copy.
+void copy_past_caches(int64_t bytes, const char* from, char* to) {
+  constexpr int64_t V = MOEJAX_VECTOR_BYTES;
+  if (reinterpret_cast<uintptr_t>(to) % V != 0 || bytes % V != 0) return copy(bytes, from, to);
+  for (int64_t j = 0; j < bytes; j += V) stream(to + j, load_bits<Int32s>(from + j));
+}
+
+// Makes what was written past the caches visible to other threads, as other writes are when a task ends.
+void fence() {
+#ifdef __x86_64__
+  _mm_sfence();
+#endif
 }
 
 template <typename T>
