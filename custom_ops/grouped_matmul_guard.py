@@ -120,7 +120,7 @@ def spoil_groups(matrices_EDF: jax.Array, is_bad_E: jax.Array) -> jax.Array:
 
 
 def _spoil_kernel(bad_ref, matrices_ref, out_ref):
-    _, D, F = out_ref.shape
+    D, F = out_ref.shape[1:]
     tiles_D, tiles_F = pl.cdiv(D, _ROWS), pl.cdiv(F, _COLUMNS)
     group = pl.program_id(0) // (tiles_D * tiles_F)
     d = pl.program_id(0) // tiles_F % tiles_D * _ROWS

@@ -25,7 +25,7 @@ SIZES = {
 
 
 def by_blocks(lhs, rhs, *, group_sizes, block_k, **tiles):
-    """As jax's kernel: blocks that a group has rows in, its neighbours' rows of lhs times 0, those of rhs as they are."""
+    """As jax's kernel: blocks that a group has rows in, neighbours' rows of lhs times 0, those of rhs as they are."""
     rows = jnp.arange(lhs.shape[0])
     results, end = [], jnp.int32(0)
     for e in range(group_sizes.shape[0]):

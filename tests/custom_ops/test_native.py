@@ -1,5 +1,8 @@
 """What only the compiled library can get wrong; what it shares with other implementations is tested beside those."""
 
+import pathlib
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,6 +104,24 @@ def test_widths_and_repeats_bitwise(D):
         jax.tree.map(np.testing.assert_array_equal, run(x, weights), first)
 
 
+@pytest.mark.repo
+def test_handlers_for_cuda_take_what_those_for_cpu_take():
+    """Programs for GPUs are only compiled here, which checks no operand: that the CPU's are called must stand for both."""
+    csrc = pathlib.Path(__file__).parents[2] / "custom_ops" / "csrc"
+
+    def bindings(suffix):
+        found = {}
+        for path in csrc.glob(f"*{suffix}"):
+            for symbol in path.read_text().split("XLA_FFI_DEFINE_HANDLER_SYMBOL(")[1:]:
+                name = symbol.partition(",")[0]
+                found[name] = re.findall(r"\.(Arg|Ret|Attr)<(.*?)>\((.*?)\)", symbol)
+        return found
+
+    cpu, cuda = bindings(".cc"), bindings(".cu")
+    assert set(cuda) == set(native._CUDA[1]) and set(cpu) == set(native._CPU[1])
+    assert all(len(cuda[name]) > 3 and cuda[name] == cpu[name] for name in cuda), (cuda, cpu)
+
+
 def shaped(shape, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape, dtype)
 
@@ -114,6 +135,14 @@ def shaped(shape, dtype=jnp.float32):
          {"transposed": False}, "group sizes"),
         ("grouped_matmul_drhs", shaped((2, 4, 5)), (jnp.ones((3, 4)), jnp.ones((2, 5)), jnp.ones(2, jnp.int32)),
          {}, "as many rows"),
+        ("grouped_matmul", shaped((3, 5), jnp.bfloat16),
+         (jnp.ones((3, 4)), jnp.ones((2, 4, 5)), jnp.ones(2, jnp.int32)), {"transposed": False},
+         "must have the operands' dtype"),
+        ("unpermute", shaped((3, 4)), (jnp.ones((3, 4)), jnp.zeros((2, 1), jnp.int32), jnp.zeros((0, 0))), {},
+         "a position for every token"),
+        ("make_plan", [shaped((2, 1), jnp.int32), shaped((5,), jnp.int32), shaped((2,), jnp.int32),
+                       shaped((2, 1), jnp.bool_), shaped((), jnp.int32), shaped((0,), jnp.int32)],
+         (jnp.zeros((2, 1), jnp.int32),), {"bucket_rows": np.int64(3), "unique": False}, "choices must be"),
         ("swiglu", shaped((3, 2)), (jnp.ones((3, 5)),), {}, "hidden must be"),
         ("unpermute", shaped((2, 4)), (jnp.ones((3, 4)), jnp.full((2, 1), 3, jnp.int32), jnp.zeros((0, 0))), {},
          "rows that do not exist"),
