@@ -22,8 +22,12 @@ from custom_ops import (
 from tests import tolerance
 from tests.tolerance import assert_close
 
-# Rounding once to 16 bits is half a unit in the last place: 2**-9 for bf16 and 2**-12 for f16, of the largest number.
-BOUNDS = {"float32": tolerance.F32, "float64": tolerance.F64, "bfloat16": tolerance.BF16, "float16": 1e-3}
+BOUNDS = {
+    "float32": tolerance.F32,
+    "float64": tolerance.F64,
+    "bfloat16": tolerance.BF16,
+    "float16": tolerance.F16,
+}
 DTYPES = st.sampled_from(sorted(BOUNDS))
 WIDTHS = st.sampled_from([1, 7, 64, 100])
 

@@ -106,7 +106,7 @@ def test_widths_and_repeats_bitwise(D):
 
 @pytest.mark.repo
 def test_handlers_for_cuda_take_what_those_for_cpu_take():
-    """Programs for GPUs are only compiled here, which checks no operand: that the CPU's are called must stand for both."""
+    """Programs for GPUs are only compiled here, which checks no operand: calling the CPU's must stand for both."""
     csrc = pathlib.Path(__file__).parents[2] / "custom_ops" / "csrc"
 
     def bindings(suffix):
