@@ -6,9 +6,9 @@ The limit is dense products of the same FLOPs, the gradient written for all E ma
 environment with PyTorch; without it that column is empty. All columns are measured in turn in one run; each ratio is
 limit / time, so 1 is the limit and more is better.
 
-A second table is on the cost of a token as the experts become more: milliseconds of forward and both gradients, those of
-moving the weights' own bytes as often as they must be (read for the product and for the rows' gradient, their gradient
-written), and what is left per token against E = 8.
+A second table is on the cost of a token as the experts become more: milliseconds of forward and both gradients, those
+of moving the weights' own bytes as often as they must be (read for the product and for the rows' gradient, their
+gradient written), and what is left per token against E = 8.
 """
 
 import argparse
