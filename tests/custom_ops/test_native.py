@@ -17,6 +17,7 @@ from custom_ops import (
     permute,
     unpermute,
 )
+from custom_ops.target import Target
 from tests import tolerance
 from tests.tolerance import assert_close
 
@@ -168,3 +169,27 @@ def test_without_the_library_there_is_a_warning_and_the_same_result(monkeypatch)
         assert native.describe().startswith("not built")
     finally:
         native._load.cache_clear()
+
+
+def gpu_is_target(monkeypatch):
+    monkeypatch.setattr("custom_ops.native.target", lambda: Target("gpu", "NVIDIA H200"))
+
+
+def gpu_is_beside(monkeypatch):
+    """Programs are traced for the CPU, but could be compiled for a GPU."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+
+@pytest.mark.parametrize("see_gpu", [gpu_is_target, gpu_is_beside])
+def test_on_a_gpu_a_missing_library_is_never_silent(monkeypatch, see_gpu):
+    native._load.cache_clear()
+    native._warn_once.cache_clear()
+    monkeypatch.setattr("custom_ops.__path__", [])
+    try:
+        assert native.cuda_library() is None  # no GPU, no warning
+        see_gpu(monkeypatch)
+        with pytest.warns(UserWarning, match=r"without its native CUDA ops \(no nvcc was found\)"):
+            assert native.cuda_library() is None
+    finally:
+        native._load.cache_clear()
+        native._warn_once.cache_clear()
