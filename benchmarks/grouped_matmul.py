@@ -5,9 +5,14 @@
 The limit is dense products of the same FLOPs, the gradient written for all E matrices. PYTHON is the interpreter of an
 environment with PyTorch; without it that column is empty. All columns are measured in turn in one run; each ratio is
 limit / time, so 1 is the limit and more is better.
+
+A second table is on the cost of a token as the experts become more: milliseconds of forward and both gradients, those
+of moving the weights' own bytes as often as they must be (read for the product and for the rows' gradient, their
+gradient written), and what is left per token against E = 8.
 """
 
 import argparse
+import functools
 import pathlib
 import statistics
 import subprocess
@@ -109,6 +114,48 @@ def measure(shape: tuple[int, ...], load: str, torch: str | None) -> list[object
     return [*shape, load, f"{times['limit']:.1f}", f"{flops / times['limit'] / 1e6:.0f}", *ratios]
 
 
+def move_weights(w):
+    """Reads them twice and writes as much once, as the three products have to."""
+    return read(w), read(w), write(w[0, 0, 0], w.shape)
+
+
+read = jax.jit(jnp.sum)
+write = jax.jit(jnp.broadcast_to, static_argnums=1)
+
+
+def cost_per_token(N: int, D: int, F: int, expert_counts: tuple[int, ...]) -> list[list[object]]:
+    """Milliseconds at every E, those of the weights' bytes, and the rest relative to the first E."""
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    product = step_of(grouped_matmul)
+    rows: list[list[object]] = []
+    first = 0.0
+    for E in expert_counts:
+        keys = jax.random.split(jax.random.key(0), 3)
+        x, dy = jax.random.normal(keys[0], (N, D), dtype), jax.random.normal(keys[1], (N, F), dtype)
+        w = jax.random.normal(keys[2], (E, D, F), dtype)
+        sizes = group_sizes(N, E, "balanced")
+        calls = {
+            "product": functools.partial(product, x, w, dy, sizes),
+            "weights": functools.partial(move_weights, w),
+        }
+        times = environment.milliseconds(calls)
+        rest = times["product"] - times["weights"]
+        first = first or rest
+        rows.append(
+            [
+                N,
+                D,
+                F,
+                E,
+                f"{times['product']:.1f}",
+                f"{times['weights']:.1f}",
+                f"{rest:.1f}",
+                f"{rest / first:.2f}",
+            ]
+        )
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--torch", help="interpreter of an environment with PyTorch")
@@ -117,6 +164,7 @@ def main() -> None:
     platform = jax.default_backend()
     shapes = SHAPES_CPU if platform == "cpu" else SHAPES_GPU
     rows = [measure(shape, load, torch) for shape in shapes for load in ("balanced", "Dirichlet(1)")]
+    scaling = cost_per_token(*shapes[0][:3], (8, 64, 256))
     header = ["N", "D", "F", "E", "load", "limit ms", "limit GFLOP/s"]
     header += [*IMPLEMENTATIONS[platform], "PyTorch", "ragged_dot"]
     choice = default_implementation(jnp.float32 if platform == "cpu" else jnp.bfloat16, *shapes[0][1:])
@@ -125,7 +173,11 @@ def main() -> None:
         if torch is None
         else "PyTorch: `torch.nn.functional.grouped_mm`, balanced only."
     )
-    text = f"Default here: {choice.name} ({choice.reason}). {peer}\n\n{environment.table(header, rows)}"
+    columns = ["N", "D", "F", "E", "ms", "the weights' bytes ms", "the rest ms", "the rest against E = 8"]
+    text = (
+        f"Default here: {choice.name} ({choice.reason}). {peer}\n\n{environment.table(header, rows)}\n\n"
+        f"What a token costs as the experts become more:\n\n{environment.table(columns, scaling)}"
+    )
     environment.save(f"grouped_matmul_{platform}", "Grouped products: limit / time", text)
 
 

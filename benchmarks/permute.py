@@ -4,7 +4,7 @@
 
 Per shape, measured in turn in one run: milliseconds, the bytes that have to move, and two ratios: how much faster than
 the path XLA alone would take (`x[token]`, `segment_sum`; an argsort for the plan), and the share of the speed of a copy
-that moves as many bytes.
+that moves as many bytes. A last line per shape is permute and unpermute together.
 """
 
 import jax
@@ -16,6 +16,10 @@ from train.memory import keep_freed_memory
 
 SHAPES_CPU = [(2048, 2, 128, 8), (8192, 2, 512, 64), (8192, 8, 1536, 128)]  # T, K, D, E
 SHAPES_GPU = [(32768, 8, 1536, 128), (32768, 8, 4096, 128)]
+
+
+# Small shapes are measured more often, so that their medians stand still too.
+LEAST_ROUNDS, MOST_ROUNDS, BYTES = 16, 200, 2**31
 
 
 def xla_plan(dest_TK, E):
@@ -70,6 +74,7 @@ def measure(T: int, K: int, D: int, E: int) -> list[list[object]]:
         "backward of unpermute": T * (1 + 2 * K) * row,
     }
     result: list[list[object]] = []
+    both: dict[str, float] = {"ours": 0, "theirs": 0, "copy": 0}
     for op in ours:
         calls = {
             "ours": lambda op=op: ours[op][0](*ours[op][1:]),
@@ -79,14 +84,19 @@ def measure(T: int, K: int, D: int, E: int) -> list[list[object]]:
             half = jnp.zeros(moved[op] // 2 // 4, jnp.float32)
             copy = jax.jit(lambda a: a + 1)
             calls["copy"] = lambda half=half, copy=copy: copy(half)
-        times = environment.milliseconds(calls)
+        rounds = min(MOST_ROUNDS, max(LEAST_ROUNDS, BYTES // (T * (1 + K) * row)))
+        times = environment.milliseconds(calls, rounds)
+        if op in ("permute", "unpermute"):
+            both = {name: both[name] + times[name] for name in both}
         line = [T, K, D, E, op, f"{times['ours']:.3f}", f"{times['theirs'] / times['ours']:.1f}"]
         if op in moved:
             line += [f"{moved[op] / times['ours'] / 1e6:.1f}", f"{times['copy'] / times['ours']:.2f}"]
         else:
             line += ["", ""]
         result.append(line)
-    return result
+    line = [T, K, D, E, "permute + unpermute", f"{both['ours']:.3f}", f"{both['theirs'] / both['ours']:.1f}"]
+    line += [f"{2 * moved['permute'] / both['ours'] / 1e6:.1f}", f"{both['copy'] / both['ours']:.2f}"]
+    return [*result, line]
 
 
 def main() -> None:

@@ -8,6 +8,10 @@ Three products belong together, each one's gradients are the other two:
   grouped_matmul_dlhs  rows_ND = dout_NF @ w_EDF[group of row] transposed
   grouped_matmul_drhs  w_EDF   = per group, rows_ND transposed @ dout_NF
 All sum in at least f32; the tail gives 0 and is never summed, whatever stands in it.
+
+tokamax is not among the implementations. Its release for Python 3.11 (0.0.12) gives wrong weight gradients for empty
+groups from its Triton kernel, its Mosaic kernels copy transposes for both gradients, and its default tiles for an H200
+are not tuned. What it has beyond our Triton kernels, Mosaic's warpgroup products, is taken from jax itself here.
 """
 
 import functools

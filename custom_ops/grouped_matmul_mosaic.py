@@ -4,8 +4,8 @@ Shapes: N rows, E groups, D and F widths.
 
 The kernels use what only Hopper has (warpgroup products fed by the tensor memory accelerator). They leave the tail
 unwritten, and for the weights' gradient they read whole blocks of rows and cancel those of neighbours by a product
-with 0. So tails are written as 0 and read as 0 here. What is not mended is a NaN in a row of a group: it reaches the
-weights' gradient of the groups that share a block of rows with it, not only that of its own.
+with 0, which a NaN would survive. `grouped_matmul_guard` keeps both from doing harm: a number that is not finite, in a
+block that its group shares with another, makes the whole gradient of its own group NaN, and that of no other.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from custom_ops.checks import require
-from custom_ops.grouped_matmul_triton import zero_tail
+from custom_ops.grouped_matmul_guard import clean_shared_blocks, spoil_groups, zero_tail
 from custom_ops.target import target
 from custom_ops.varying import vary_like
 
@@ -62,14 +62,17 @@ def drhs(rows_ND, dout_NF, sizes_E, dtype: DTypeLike) -> jax.Array:
     (N, D), F, E = rows_ND.shape, dout_NF.shape[1], sizes_E.shape[0]
     _require_fit(rows_ND.dtype, D, F, E, dtype)
     sizes_E = _cut_off(sizes_E, N)
+    block = _TILES["block_k"]
+    rows_ND, bad_rows_E = clean_shared_blocks(zero_tail(rows_ND, sizes_E), sizes_E, block)
+    dout_NF, bad_dout_E = clean_shared_blocks(zero_tail(dout_NF, sizes_E), sizes_E, block)
     dw_EDF = transposed_ragged_dot(
-        zero_tail(rows_ND, sizes_E),
-        zero_tail(dout_NF, sizes_E),
+        rows_ND,
+        dout_NF,
         group_sizes=sizes_E,
         grid_block_n=min(_COLUMNS_TOGETHER, F // _TILES["block_n"]),
         **_TILES,
     )
-    return vary_like(dw_EDF, rows_ND, dout_NF, sizes_E)
+    return spoil_groups(vary_like(dw_EDF, rows_ND, dout_NF, sizes_E), bad_rows_E | bad_dout_E)
 
 
 def misfit(dtype: DTypeLike, D: int, F: int, E: int, result_dtype: DTypeLike | None = None) -> str | None:

@@ -1,6 +1,7 @@
 """Grouped matrix products by the compiled library, on CPU.
 
-f32 and f64 are summed as they are, in order of the contracted dimension; 16-bit operands become f32 first.
+Every number is summed in f32, of f64 operands in f64, in order of the contracted dimension; 16-bit operands become f32
+while they are packed for the cache, so no copy of them is ever made.
 """
 
 import jax
@@ -22,21 +23,19 @@ def dlhs(dout_NF, w_EDF, sizes_E, dtype: DTypeLike) -> jax.Array:
 
 def drhs(rows_ND, dout_NF, sizes_E, dtype: DTypeLike) -> jax.Array:
     """dw_EDF[e] = rows_ND[group e] transposed @ dout_NF[group e]."""
-    rows_ND, dout_NF = _wide(rows_ND), _wide(dout_NF)
     shape = (sizes_E.shape[0], rows_ND.shape[1], dout_NF.shape[1])
-    dw = jax.ShapeDtypeStruct(shape, rows_ND.dtype)
-    return native.call("moejax_grouped_matmul_drhs", dw, rows_ND, dout_NF, sizes_E.astype(jnp.int32)).astype(
-        dtype
-    )
+    return _call("moejax_grouped_matmul_drhs", shape, dtype, rows_ND, dout_NF, sizes_E)
 
 
 def _rowwise(lhs_NA, w_EDF, sizes_E, dtype, *, transposed: bool):
-    lhs_NA, w_EDF = _wide(lhs_NA), _wide(w_EDF)
-    out = jax.ShapeDtypeStruct((lhs_NA.shape[0], w_EDF.shape[1 if transposed else 2]), lhs_NA.dtype)
-    return native.call(
-        "moejax_grouped_matmul", out, lhs_NA, w_EDF, sizes_E.astype(jnp.int32), transposed=transposed
-    ).astype(dtype)
+    shape = (lhs_NA.shape[0], w_EDF.shape[1 if transposed else 2])
+    return _call("moejax_grouped_matmul", shape, dtype, lhs_NA, w_EDF, sizes_E, transposed=transposed)
 
 
-def _wide(array: jax.Array) -> jax.Array:
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+def _call(name: str, shape: tuple[int, ...], dtype: DTypeLike, lhs, rhs, sizes_E, **attributes) -> jax.Array:
+    if not native.computes_in(lhs.dtype):
+        lhs, rhs = lhs.astype(jnp.float32), rhs.astype(jnp.float32)
+    wide = jnp.promote_types(lhs.dtype, jnp.float32)
+    # The library rounds to the operands' type, or leaves the sum as it is; other types are made of that.
+    result = jax.ShapeDtypeStruct(shape, lhs.dtype if jnp.dtype(dtype) == lhs.dtype else wide)
+    return native.call(name, result, lhs, rhs, sizes_E.astype(jnp.int32), **attributes).astype(dtype)

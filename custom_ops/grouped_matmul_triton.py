@@ -58,14 +58,14 @@ def _rowwise(lhs_NA, w_EDF, sizes_E, dtype, *, w_axis: int) -> jax.Array:
     tiling = _tiling(lhs_NA.dtype, N, B, A)
     group_C, first_C, end_C = _row_tiles(sizes_E, N, tiling.rows)
     columns = pl.cdiv(B, tiling.columns)
-    return _call(
+    return call_kernel(
         functools.partial(_rowwise_kernel, w_axis, tiling),
         # Columns of one tile of rows beside each other: the rows are then read from memory once, and the
         # group's matrix stays in the cache.
         grid=(group_C.shape[0] * columns,),
-        shape=(N, B),
-        dtype=dtype,
-        tiling=tiling,
+        results=((N, B), dtype),
+        warps=tiling.warps,
+        stages=tiling.stages,
     )(group_C, first_C, end_C, lhs_NA, w_EDF)
 
 
@@ -73,7 +73,7 @@ def _row_tiles(sizes_E: jax.Array, N: int, rows: int) -> tuple[jax.Array, jax.Ar
     """Per tile its group (E is the tail), its first row and its group's end; unused tiles begin behind that."""
     E = sizes_E.shape[0]
     count = pl.cdiv(N, rows) + E
-    bounds = jnp.append(_bounds(sizes_E, N), jnp.int32(N))
+    bounds = jnp.append(group_bounds(sizes_E, N), jnp.int32(N))
     tiles_before = jnp.cumsum((jnp.diff(bounds) + (rows - 1)) // rows, dtype=jnp.int32)
     tile_C = lax.iota(jnp.int32, count)
     group_C = jnp.searchsorted(tiles_before, tile_C, side="right", method="compare_all").astype(jnp.int32)
@@ -82,7 +82,7 @@ def _row_tiles(sizes_E: jax.Array, N: int, rows: int) -> tuple[jax.Array, jax.Ar
     return group_C, bounds[group_C] + (tile_C - first_tile_C) * rows, bounds[group_C + 1]
 
 
-def _bounds(sizes_E: jax.Array, N: int) -> jax.Array:
+def group_bounds(sizes_E: jax.Array, N: int) -> jax.Array:
     """Group e owns rows bounds[e] to bounds[e + 1], int32 [E + 1]."""
     ends_E = jnp.minimum(jnp.cumsum(sizes_E, dtype=jnp.int32), N)
     return jnp.pad(ends_E, (1, 0))
@@ -124,13 +124,13 @@ def drhs(rows_ND, dout_NF, sizes_E, dtype: DTypeLike) -> jax.Array:
     if 0 in (N, D, F, E):
         return vary_like(jnp.zeros((E, D, F), dtype), rows_ND, dout_NF, sizes_E)
     tiling = _tiling(rows_ND.dtype, D, F, N)
-    return _call(
+    return call_kernel(
         functools.partial(_drhs_kernel, tiling),
         grid=(E * pl.cdiv(D, tiling.rows) * pl.cdiv(F, tiling.columns),),
-        shape=(E, D, F),
-        dtype=dtype,
-        tiling=tiling,
-    )(_bounds(sizes_E, N), rows_ND, dout_NF)
+        results=((E, D, F), dtype),
+        warps=tiling.warps,
+        stages=tiling.stages,
+    )(group_bounds(sizes_E, N), rows_ND, dout_NF)
 
 
 def _drhs_kernel(tiling, bounds_ref, rows_ref, dout_ref, dw_ref):
@@ -158,39 +158,6 @@ def _drhs_kernel(tiling, bounds_ref, rows_ref, dout_ref, dw_ref):
     plgpu.store(dw_ref.at[group, at_d, at_f], sum_DF.astype(dw_ref.dtype), mask=is_d[:, None] & is_f[None, :])
 
 
-def zero_tail(rows_NB: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """The rows with 0 behind the last group, in place where the argument is not used again."""
-    N, B = rows_NB.shape
-    if N == 0 or B == 0:
-        return rows_NB
-    tiling = _tiling(rows_NB.dtype, N, B, B)
-    return _call(
-        functools.partial(_zero_tail_kernel, tiling),
-        grid=(pl.cdiv(N, tiling.rows) * pl.cdiv(B, tiling.columns),),
-        shape=(N, B),
-        dtype=rows_NB.dtype,
-        tiling=tiling,
-        aliases={1: 0},
-    )(_bounds(sizes_E, N)[-1:], rows_NB)
-
-
-def _zero_tail_kernel(tiling, end_ref, rows_ref, out_ref):
-    N, B = out_ref.shape
-    columns = pl.cdiv(B, tiling.columns)
-    row = pl.program_id(0) // columns * tiling.rows
-    column = pl.program_id(0) % columns * tiling.columns
-
-    @pl.when(row + tiling.rows > end_ref[0])
-    def _():
-        row_R, column_C = row + lax.iota(jnp.int32, tiling.rows), column + lax.iota(jnp.int32, tiling.columns)
-        is_tail_R = (row_R >= end_ref[0]) & (row_R < N)
-        plgpu.store(
-            out_ref.at[pl.ds(row, tiling.rows), pl.ds(column, tiling.columns)],
-            jnp.zeros((tiling.rows, tiling.columns), out_ref.dtype),
-            mask=is_tail_R[:, None] & (column_C < B)[None, :],
-        )
-
-
 def _tiling(dtype, rows: int, columns: int, depth: int) -> Tiling:
     """The type's tiling, cut down to what a small product needs."""
     tiling = _TILING_16_BIT if jnp.dtype(dtype).itemsize <= 2 else _TILING_WIDE
@@ -203,14 +170,25 @@ def _tiling(dtype, rows: int, columns: int, depth: int) -> Tiling:
     )
 
 
-def _call(kernel, *, grid, shape, dtype, tiling: Tiling, aliases=None):
+def call_kernel(kernel, *, grid, results, warps: int, stages: int = 1, aliases=None):
+    """A function of the operands that runs a kernel, in Pallas's interpreter on CPU.
+
+    Args:
+      kernel: a `functools.partial` of static arguments; its function's name is what the program calls it.
+      results: (shape, dtype) of the result, or a list of such.
+      warps, stages: of a program, and steps of its loop that are loaded ahead.
+      aliases: operand to result that takes its place in memory, by number.
+    """
+
     def run(*operands):
+        one = isinstance(results, tuple)
+        shapes = [result_like(*result, *operands) for result in ([results] if one else results)]
         return pl.pallas_call(
             kernel,
             grid=grid,
-            out_shape=result_like(shape, dtype, *operands),
+            out_shape=shapes[0] if one else shapes,
             input_output_aliases=aliases or {},
-            compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
+            compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
             interpret=target().platform == "cpu",
             name=kernel.func.__name__.strip("_"),
         )(*operands)

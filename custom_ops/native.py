@@ -90,10 +90,12 @@ def cpu_library() -> ctypes.CDLL | None:
 
 
 def cuda_library() -> ctypes.CDLL | None:
-    """As `cpu_library`; the warning comes only where it is a GPU that a program is traced for."""
+    """As `cpu_library`; the warning comes only where programs can run on a GPU or are traced for one."""
     if not _enabled.get():
         return None
-    return _library("CUDA", _CUDA, "nvcc") if target().platform == "gpu" else _load(*_CUDA)
+    # A program that is traced for the CPU beside a GPU may be compiled for the GPU after all.
+    gpu = target().platform == "gpu" or jax.default_backend() == "gpu"
+    return _library("CUDA", _CUDA, "nvcc") if gpu else _load(*_CUDA)
 
 
 def _library(kind: str, which: tuple[str, tuple[str, ...], str], compiler: str) -> ctypes.CDLL | None:
@@ -119,13 +121,8 @@ def describe_cuda() -> str:
     return "built, for compute capability 8.0 and up"
 
 
-def supports(dtype: DTypeLike) -> bool:
-    """Whether the library is there and computes in this dtype."""
-    return jnp.dtype(dtype) in (jnp.float32, jnp.float64) and cpu_library() is not None
-
-
-def supports_on_cuda(dtype: DTypeLike) -> bool:
-    """Whether the CUDA library computes in this dtype; it moves every dtype."""
+def computes_in(dtype: DTypeLike) -> bool:
+    """Whether the libraries multiply and sum numbers of this dtype; they move every dtype."""
     return jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
 
 
@@ -153,10 +150,11 @@ def by_platform(
     """Of three functions of the operands the one for the platform that the program is compiled for.
 
     Args:
-      cpu: None where the CPU library is missing or cannot do this.
-      cuda: None where the CUDA library cannot do this; left out where it is missing.
+      cpu, cuda: None where that library cannot do this; left out where it is missing.
     """
-    branches = {} if cpu is None else {"cpu": cpu}
+    branches = {}
+    if cpu is not None and cpu_library() is not None:
+        branches["cpu"] = cpu
     if cuda is not None and cuda_library() is not None:
         branches["cuda"] = cuda
     return (

@@ -83,8 +83,8 @@ def _move_tokens(x_TD, plan: DispatchPlan, weights_TK=None):
 
     return native.by_platform(
         (x_TD, plan, weights_TK),
-        cpu=library if native.supports(jnp.float32 if weights_TK is None else x_TD.dtype) else None,
-        cuda=library if weights_TK is None or native.supports_on_cuda(x_TD.dtype) else None,
+        cpu=library if weights_TK is None or native.computes_in(x_TD.dtype) else None,
+        cuda=library if weights_TK is None or native.computes_in(x_TD.dtype) else None,
         otherwise=_gather_tokens,
     )
 
@@ -99,8 +99,8 @@ def _sum_rows(rows_ND, plan: DispatchPlan, weights_TK=None):
 
     return native.by_platform(
         (rows_ND, plan, weights_TK),
-        cpu=library if native.supports(rows_ND.dtype) else None,
-        cuda=library if native.supports_on_cuda(rows_ND.dtype) else None,
+        cpu=library if native.computes_in(rows_ND.dtype) else None,
+        cuda=library if native.computes_in(rows_ND.dtype) else None,
         otherwise=_gather_sum,
     )
 
@@ -120,8 +120,8 @@ def _move_and_dot(rows_ND, dy_TD, weights_TK, plan: DispatchPlan):
 
     return native.by_platform(
         (rows_ND, dy_TD, weights_TK, plan),
-        cpu=library if native.supports(rows_ND.dtype) else None,
-        cuda=library if native.supports_on_cuda(rows_ND.dtype) else None,
+        cpu=library if native.computes_in(rows_ND.dtype) else None,
+        cuda=library if native.computes_in(rows_ND.dtype) else None,
         otherwise=_gather_and_dot,
     )
 

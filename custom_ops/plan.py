@@ -91,7 +91,7 @@ def make_plan(
     library = functools.partial(_plan_by_library, P=P, N=N, bucket_rows=bucket_rows, unique=unique)
     return native.by_platform(
         (dest_TK,),
-        cpu=None if native.cpu_library() is None else library,
+        cpu=functools.partial(library, workspace=0),
         cuda=functools.partial(library, workspace=_cuda_workspace(M, P))
         if P <= _CUDA_MAX_DESTINATIONS
         else by_xla,
@@ -106,7 +106,7 @@ def _cuda_workspace(M: int, P: int) -> int:
 
 
 def _plan_by_library(
-    dest_TK, *, P: int, N: int, bucket_rows: int | None, unique: bool, workspace: int | None = None
+    dest_TK, *, P: int, N: int, bucket_rows: int | None, unique: bool, workspace: int
 ) -> DispatchPlan:
     results = [
         jax.ShapeDtypeStruct(dest_TK.shape, jnp.int32),
@@ -114,11 +114,10 @@ def _plan_by_library(
         jax.ShapeDtypeStruct((P,), jnp.int32),
         jax.ShapeDtypeStruct(dest_TK.shape, jnp.bool_),
         jax.ShapeDtypeStruct((), jnp.int32),
+        jax.ShapeDtypeStruct((workspace,), jnp.int32),
     ]
-    if workspace is not None:
-        results.append(jax.ShapeDtypeStruct((workspace,), jnp.int32))
     attributes = {"bucket_rows": np.int64(-1 if bucket_rows is None else bucket_rows), "unique": unique}
-    position_TK, choice_N, sizes_P, served_TK, num_invalid, *_ = native.call(
+    position_TK, choice_N, sizes_P, served_TK, num_invalid, _ = native.call(
         "moejax_make_plan", results, dest_TK, **attributes
     )
     return DispatchPlan(position_TK, choice_N, sizes_P, served_TK, num_invalid, dest_TK.shape[1])

@@ -19,7 +19,7 @@ def swiglu(hidden_N2F: jax.Array) -> jax.Array:
       ValueError: not a floating-point matrix of an even number of columns.
     """
     _check(hidden_N2F)
-    if not native.supports(hidden_N2F.dtype):
+    if not _by_library(hidden_N2F):
         return reference.swiglu(hidden_N2F)
 
     def library(hidden_N2F):
@@ -49,7 +49,7 @@ def swiglu_backward(
     require(da_NF.shape == (N, H // 2), "da_NF", f"shape {(N, H // 2)} as hidden_N2F", f"shape {da_NF.shape}")
     require(weight_N.shape == (N,), "weight_N", f"shape {(N,)} as hidden_N2F", f"shape {weight_N.shape}")
     require(weight_N.dtype == da_NF.dtype, "weight_N", f"dtype {da_NF.dtype} as da_NF", weight_N.dtype)
-    if not native.supports(hidden_N2F.dtype) or da_NF.dtype != hidden_N2F.dtype:
+    if not _by_library(hidden_N2F) or da_NF.dtype != hidden_N2F.dtype:
         return reference.swiglu_backward(hidden_N2F, da_NF, weight_N)
 
     def library(hidden_N2F, da_NF, weight_N):
@@ -57,6 +57,11 @@ def swiglu_backward(
         return tuple(native.call("moejax_swiglu_backward", results, hidden_N2F, da_NF, weight_N))
 
     return native.on_cpu(library, reference.swiglu_backward, (hidden_N2F, da_NF, weight_N))
+
+
+def _by_library(hidden_N2F: jax.Array) -> bool:
+    # Of 16-bit numbers XLA makes one loop, with the conversions in it.
+    return hidden_N2F.dtype in (jnp.float32, jnp.float64) and native.cpu_library() is not None
 
 
 def _check(hidden_N2F: jax.Array) -> None:

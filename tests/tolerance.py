@@ -12,6 +12,8 @@ F64 = 1e-12
 F32_MODEL = 1e-5
 # One bf16 rounding is 2**-8 = 4e-3.
 BF16 = 8e-3
+# One f16 rounding is 2**-11 = 5e-4.
+F16 = 1e-3
 
 
 def relative_error(actual, expected) -> float:

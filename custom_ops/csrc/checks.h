@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <exception>
 #include <initializer_list>
 #include <string>
 
@@ -21,5 +22,23 @@ bool has_shape(const Buffer& buffer, std::initializer_list<int64_t> shape) {
   const auto dimensions = buffer.dimensions();
   return dimensions.size() == shape.size() && std::equal(shape.begin(), shape.end(), dimensions.begin());
 }
+
+// Rows and choices are counted in int32, in every table.
+constexpr int64_t kMaxRows = int64_t{1} << 31;
+
+// Guarded<handler>::call is the handler with its exceptions (an allocation that failed) turned into errors: XLA calls it
+// through C, which none may cross.
+template <auto handler>
+struct Guarded;
+template <typename... Arguments, ffi::Error (*handler)(Arguments...)>
+struct Guarded<handler> {
+  static ffi::Error call(Arguments... arguments) {
+    try {
+      return handler(arguments...);
+    } catch (const std::exception& exception) {
+      return ffi::Error::Internal(std::string("moejax: ") + exception.what());
+    }
+  }
+};
 
 }  // namespace moejax

@@ -190,35 +190,42 @@ __global__ void scatter_and_dot(const Vector<T, Lanes>* __restrict__ rows, const
   }
 }
 
-// Calls f with a null pointer to the widest type of at most 16 bytes that divides a row.
+// A number that every power of two divides which divides the length of a row and the addresses of all rows: XLA may hand
+// over a part of a larger buffer, which need not begin at a multiple of 16 bytes.
+template <typename... Pointers>
+int64_t alignment(int64_t row_bytes, Pointers... rows) {
+  return (row_bytes | ... | static_cast<int64_t>(reinterpret_cast<uintptr_t>(rows)));
+}
+
+// Calls f with a null pointer to the widest type of at most 16 bytes that rows can be moved in.
 template <typename F>
-void with_widest(int64_t row_bytes, const F& f) {
-  if (row_bytes % 16 == 0) return f(static_cast<Vector<uint32_t, 4>*>(nullptr));
-  if (row_bytes % 8 == 0) return f(static_cast<Vector<uint32_t, 2>*>(nullptr));
-  if (row_bytes % 4 == 0) return f(static_cast<uint32_t*>(nullptr));
-  if (row_bytes % 2 == 0) return f(static_cast<uint16_t*>(nullptr));
+void with_widest(int64_t aligned, const F& f) {
+  if (aligned % 16 == 0) return f(static_cast<Vector<uint32_t, 4>*>(nullptr));
+  if (aligned % 8 == 0) return f(static_cast<Vector<uint32_t, 2>*>(nullptr));
+  if (aligned % 4 == 0) return f(static_cast<uint32_t*>(nullptr));
+  if (aligned % 2 == 0) return f(static_cast<uint16_t*>(nullptr));
   return f(static_cast<uint8_t*>(nullptr));
 }
 
-// Calls f with a null pointer to the widest vector of T of at most 16 bytes that divides D elements.
+// Calls f with a null pointer to the widest vector of T of at most 16 bytes that rows can be moved in.
 template <typename T, int Lanes = 16 / sizeof(T), typename F>
-void with_vectors(int64_t D, const F& f) {
+void with_vectors(int64_t aligned, const F& f) {
   if constexpr (Lanes > 1) {
-    if (D % Lanes != 0) return with_vectors<T, Lanes / 2>(D, f);
+    if (aligned % (Lanes * sizeof(T)) != 0) return with_vectors<T, Lanes / 2>(aligned, f);
   }
   f(static_cast<Vector<T, Lanes>*>(nullptr));
 }
 
 // As with_vectors, by the buffers' dtype; the weights belonging to T are of type wide_t<T>.
 template <typename F>
-ffi::Error by_dtype(ffi::DataType dtype, ffi::DataType weights_dtype, int64_t D, const F& f) {
+ffi::Error by_dtype(ffi::DataType dtype, ffi::DataType weights_dtype, int64_t aligned, const F& f) {
   const bool is_double = dtype == ffi::F64;
   MOEJAX_REQUIRE(weights_dtype == (is_double ? ffi::F64 : ffi::F32), "weights must be f32, or f64 beside f64");
   switch (dtype) {
-    case ffi::BF16: with_vectors<__nv_bfloat16>(D, f); break;
-    case ffi::F16: with_vectors<__half>(D, f); break;
-    case ffi::F32: with_vectors<float>(D, f); break;
-    case ffi::F64: with_vectors<double>(D, f); break;
+    case ffi::BF16: with_vectors<__nv_bfloat16>(aligned, f); break;
+    case ffi::F16: with_vectors<__half>(aligned, f); break;
+    case ffi::F32: with_vectors<float>(aligned, f); break;
+    case ffi::F64: with_vectors<double>(aligned, f); break;
     default: return ffi::Error::InvalidArgument("moejax: rows must be bf16, f16, f32 or f64");
   }
   return launched();
@@ -229,7 +236,7 @@ T element_of(Vector<T, Lanes>*);
 
 void clear_empty(cudaStream_t stream, const ffi::Buffer<ffi::S32>& choice, void* rows, int64_t row_bytes) {
   const int64_t N = choice.element_count();
-  with_widest(row_bytes, [&](auto* vector) {
+  with_widest(alignment(row_bytes, rows), [&](auto* vector) {
     using V = std::remove_pointer_t<decltype(vector)>;
     zero_empty_rows<V><<<blocks_for(N, kBlockThreads), kBlockThreads, 0, stream>>>(
         choice.typed_data(), static_cast<V*>(rows), N, static_cast<int>(row_bytes / sizeof(V)));
@@ -244,12 +251,14 @@ ffi::Error permute(cudaStream_t stream, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> 
   MOEJAX_REQUIRE(position.dimensions()[0] == T, "x and position must have as many tokens");
   MOEJAX_REQUIRE(has_shape(*rows, {N, D}) && rows->element_type() == x.element_type(), "rows must be [N, D], as x");
   const int64_t row_bytes = D * ffi::ByteWidth(x.element_type());
+  MOEJAX_REQUIRE(N < kMaxRows, "there must be less than 2**31 rows");
   if (N == 0 || D == 0) return ffi::Error::Success();
+  const int64_t aligned = alignment(row_bytes, x.untyped_data(), rows->untyped_data());
   clear_empty(stream, choice, rows->untyped_data(), row_bytes);
   if (T == 0) return launched();
   if (weights.element_count() > 0) {
     MOEJAX_REQUIRE(has_shape(weights, {T, K}), "weights must be [T, K]");
-    return by_dtype(x.element_type(), weights.element_type(), D, [&](auto* vector) {
+    return by_dtype(x.element_type(), weights.element_type(), aligned, [&](auto* vector) {
       using V = std::remove_pointer_t<decltype(vector)>;
       using W = wide_t<decltype(element_of(vector))>;
       const int vectors = static_cast<int>(row_bytes / sizeof(V));
@@ -259,7 +268,7 @@ ffi::Error permute(cudaStream_t stream, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> 
           static_cast<V*>(rows->untyped_data()), T, K, N, vectors);
     });
   }
-  with_widest(row_bytes, [&](auto* vector) {
+  with_widest(aligned, [&](auto* vector) {
     using V = std::remove_pointer_t<decltype(vector)>;
     const int vectors = static_cast<int>(row_bytes / sizeof(V));
     const Layout threads = layout(T, vectors);
@@ -280,10 +289,12 @@ ffi::Error unpermute(cudaStream_t stream, ffi::AnyBuffer rows, ffi::Buffer<ffi::
   const bool weighted = weights.element_count() > 0;
   MOEJAX_REQUIRE(!weighted || has_shape(weights, {T, K}), "weights must be [T, K]");
   if (T == 0 || D == 0) return ffi::Error::Success();
-  return by_dtype(rows.element_type(), weights.element_type(), D, [&](auto* vector) {
+  const int64_t row_bytes = D * ffi::ByteWidth(rows.element_type());
+  const int64_t aligned = alignment(row_bytes, rows.untyped_data(), y->untyped_data());
+  return by_dtype(rows.element_type(), weights.element_type(), aligned, [&](auto* vector) {
     using V = std::remove_pointer_t<decltype(vector)>;
     using W = wide_t<decltype(element_of(vector))>;
-    const int vectors = static_cast<int>(D * ffi::ByteWidth(rows.element_type()) / sizeof(V));
+    const int vectors = static_cast<int>(row_bytes / sizeof(V));
     const Layout threads = layout(T, vectors);
     sum_rows<<<threads.grid, threads.block, 0, stream>>>(
         static_cast<const V*>(rows.untyped_data()), position.typed_data(),
@@ -305,14 +316,14 @@ ffi::Error unpermute_backward(cudaStream_t stream, ffi::AnyBuffer rows, ffi::Any
   MOEJAX_REQUIRE(dy.element_type() == rows.element_type() && drows->element_type() == rows.element_type(),
                  "rows, dy and drows must have one dtype");
   MOEJAX_REQUIRE(dweights->element_type() == weights.element_type(), "weights and their gradient must have one dtype");
-  if (N > 0 && D > 0) {
-    clear_empty(stream, choice, drows->untyped_data(), D * ffi::ByteWidth(dy.element_type()));
-  }
+  const int64_t row_bytes = D * ffi::ByteWidth(dy.element_type());
+  if (N > 0 && D > 0) clear_empty(stream, choice, drows->untyped_data(), row_bytes);
   if (T == 0) return launched();
-  return by_dtype(rows.element_type(), weights.element_type(), D, [&](auto* vector) {
+  const int64_t aligned = alignment(row_bytes, rows.untyped_data(), dy.untyped_data(), drows->untyped_data());
+  return by_dtype(rows.element_type(), weights.element_type(), aligned, [&](auto* vector) {
     using V = std::remove_pointer_t<decltype(vector)>;
     using W = wide_t<decltype(element_of(vector))>;
-    const int vectors = static_cast<int>(D * ffi::ByteWidth(rows.element_type()) / sizeof(V));
+    const int vectors = static_cast<int>(row_bytes / sizeof(V));
     const Layout threads = layout(T, vectors);
     scatter_and_dot<<<threads.grid, threads.block, 0, stream>>>(
         static_cast<const V*>(rows.untyped_data()), static_cast<const V*>(dy.untyped_data()), position.typed_data(),
@@ -324,7 +335,7 @@ ffi::Error unpermute_backward(cudaStream_t stream, ffi::AnyBuffer rows, ffi::Any
 }  // namespace
 }  // namespace moejax
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_permute, moejax::permute,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_permute, moejax::Guarded<moejax::permute>::call,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
                                   .Arg<xla::ffi::AnyBuffer>()              // x [T, D], any dtype without weights
@@ -334,7 +345,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_permute, moejax::permute,
                                   .Ret<xla::ffi::AnyBuffer>(),             // rows [N, D]
                               {xla::ffi::Traits::kCmdBufferCompatible});
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_unpermute, moejax::unpermute,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_unpermute, moejax::Guarded<moejax::unpermute>::call,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
                                   .Arg<xla::ffi::AnyBuffer>()              // rows [N, D]
@@ -343,7 +354,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_unpermute, moejax::unpermute,
                                   .Ret<xla::ffi::AnyBuffer>(),             // y [T, D]
                               {xla::ffi::Traits::kCmdBufferCompatible});
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_unpermute_backward, moejax::unpermute_backward,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_unpermute_backward, moejax::Guarded<moejax::unpermute_backward>::call,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
                                   .Arg<xla::ffi::AnyBuffer>()              // rows [N, D]

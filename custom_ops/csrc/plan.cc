@@ -10,7 +10,8 @@
 namespace moejax {
 namespace {
 
-// Tokens are cut into chunks that are counted side by side. No result depends on where the cuts lie.
+// Tokens are cut into chunks that are counted side by side, each of at least as many choices as there are destinations to
+// count. No result depends on where the cuts lie.
 constexpr int64_t kChunkChoices = 1 << 14;
 constexpr int64_t kMaxChunks = 64;
 
@@ -22,13 +23,14 @@ struct Chunk {
 ffi::Error make_plan(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> dest, ffi::Result<ffi::Buffer<ffi::S32>> position,
                      ffi::Result<ffi::Buffer<ffi::S32>> choice, ffi::Result<ffi::Buffer<ffi::S32>> group_sizes,
                      ffi::Result<ffi::Buffer<ffi::PRED>> served, ffi::Result<ffi::Buffer<ffi::S32>> num_invalid,
-                     int64_t bucket_rows, bool unique) {
+                     ffi::Result<ffi::Buffer<ffi::S32>>, int64_t bucket_rows, bool unique) {
   MOEJAX_REQUIRE(dest.dimensions().size() == 2 && dest.dimensions()[1] > 0, "destinations must be [T, K]");
   MOEJAX_REQUIRE(group_sizes->dimensions().size() == 1, "group sizes must be [P]");
   MOEJAX_REQUIRE(bucket_rows == -1 || bucket_rows > 0, "bucket_rows must be positive, or -1 for none");
   const int64_t T = dest.dimensions()[0], K = dest.dimensions()[1], P = group_sizes->dimensions()[0];
   const bool packed = bucket_rows == -1;
   const int64_t N = packed ? T * K : P * bucket_rows;
+  MOEJAX_REQUIRE(P > 0 && T * K < kMaxRows && N < kMaxRows, "there must be destinations, and less than 2**31 rows");
   MOEJAX_REQUIRE(has_shape(*position, {T, K}) && has_shape(*served, {T, K}), "position and served must be [T, K]");
   MOEJAX_REQUIRE(has_shape(*choice, {N}), "the rows' choices must be [N]");
 
@@ -46,7 +48,7 @@ ffi::Error make_plan(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> dest, ffi::Resu
   };
   const auto valid = [P](int32_t p) { return p >= 0 && p < P; };
 
-  const int64_t num_chunks = std::min(kMaxChunks, T * K / kChunkChoices + 1);
+  const int64_t num_chunks = std::clamp<int64_t>(T * K / std::max(kChunkChoices, P), 1, kMaxChunks);
   const int64_t chunk_tokens = (T + num_chunks - 1) / num_chunks;
   std::vector<Chunk> chunks(num_chunks);
   parallel_for(pool, num_chunks, [&](int64_t c) {
@@ -109,7 +111,7 @@ ffi::Error make_plan(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> dest, ffi::Resu
 }  // namespace
 }  // namespace moejax
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_make_plan, moejax::make_plan,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_make_plan, moejax::Guarded<moejax::make_plan>::call,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()   // destinations [T, K]
@@ -118,5 +120,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_make_plan, moejax::make_plan,
                                   .Ret<xla::ffi::Buffer<xla::ffi::S32>>()   // group sizes [P]
                                   .Ret<xla::ffi::Buffer<xla::ffi::PRED>>()  // served [T, K]
                                   .Ret<xla::ffi::Buffer<xla::ffi::S32>>()   // number of invalid destinations []
+                                  .Ret<xla::ffi::Buffer<xla::ffi::S32>>()   // workspace: none is needed here
                                   .Attr<int64_t>("bucket_rows")             // B; -1: rows packed without buckets
                                   .Attr<bool>("unique"));                   // equal destinations share a row

@@ -190,6 +190,7 @@ ffi::Error make_plan(cudaStream_t stream, ffi::Buffer<ffi::S32> dest, ffi::Resul
   const int64_t T = dest.dimensions()[0], K = dest.dimensions()[1], P = group_sizes->dimensions()[0];
   MOEJAX_REQUIRE(P >= 1 && P <= kMaxDestinations, "destinations must be at most 4096");
   const int64_t N = bucket_rows == -1 ? T * K : P * bucket_rows;
+  MOEJAX_REQUIRE(T * K < kMaxRows && N < kMaxRows, "there must be less than 2**31 rows");
   MOEJAX_REQUIRE(has_shape(*position, {T, K}) && has_shape(*served, {T, K}), "position and served must be [T, K]");
   MOEJAX_REQUIRE(has_shape(*choice, {N}), "the rows' choices must be [N]");
   // Of P * C + P + C numbers: how many chunks there are follows from what was given.
@@ -216,7 +217,7 @@ ffi::Error make_plan(cudaStream_t stream, ffi::Buffer<ffi::S32> dest, ffi::Resul
 }  // namespace
 }  // namespace moejax
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_make_plan, moejax::make_plan,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_make_plan, moejax::Guarded<moejax::make_plan>::call,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()   // destinations [T, K]

@@ -25,7 +25,7 @@ ffi::Error forward(ffi::ThreadPool& pool, const ffi::AnyBuffer& hidden, ffi::Any
   using T = ffi::NativeType<dtype>;
   const int64_t N = activated.dimensions()[0], F = activated.dimensions()[1];
   over_rows(pool, N, F, [&](int64_t n) {
-    kernels().of<T>().swiglu(F, hidden.typed_data<T>() + n * 2 * F, activated.typed_data<T>() + n * F);
+    kernels().swiglu<T>().forward(F, hidden.typed_data<T>() + n * 2 * F, activated.typed_data<T>() + n * F);
   });
   return ffi::Error::Success();
 }
@@ -37,9 +37,9 @@ ffi::Error backward(ffi::ThreadPool& pool, const ffi::AnyBuffer& hidden, const f
   using T = ffi::NativeType<dtype>;
   const int64_t N = weighted.dimensions()[0], F = weighted.dimensions()[1];
   over_rows(pool, N, F, [&](int64_t n) {
-    kernels().of<T>().swiglu_backward({F, hidden.typed_data<T>() + n * 2 * F, d_activated.typed_data<T>() + n * F,
-                                       weights.typed_data<T>()[n], weighted.typed_data<T>() + n * F,
-                                       d_hidden.typed_data<T>() + n * 2 * F, d_weights.typed_data<T>() + n});
+    kernels().swiglu<T>().backward({F, hidden.typed_data<T>() + n * 2 * F, d_activated.typed_data<T>() + n * F,
+                                     weights.typed_data<T>()[n], weighted.typed_data<T>() + n * F,
+                                     d_hidden.typed_data<T>() + n * 2 * F, d_weights.typed_data<T>() + n});
   });
   return ffi::Error::Success();
 }
@@ -78,13 +78,13 @@ ffi::Error swiglu_backward(ffi::ThreadPool pool, ffi::AnyBuffer hidden, ffi::Any
 }  // namespace
 }  // namespace moejax
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_swiglu, moejax::swiglu,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_swiglu, moejax::Guarded<moejax::swiglu>::call,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::AnyBuffer>()    // hidden [N, 2F]
                                   .Ret<xla::ffi::AnyBuffer>());  // activated [N, F]
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_swiglu_backward, moejax::swiglu_backward,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_swiglu_backward, moejax::Guarded<moejax::swiglu_backward>::call,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::AnyBuffer>()    // hidden [N, 2F]

@@ -51,10 +51,11 @@ def layer_on(h200s):
     return layer_on
 
 
-# Grouped products: 2 forward, and of each the gradients of both operands. Tails: one behind each row-wise product,
-# two before each gradient of weights. Every level moves rows out and in, forward and backward; a wire level also its
-# small message. (In a program of one layer XLA shares the experts' input rows between forward and backward.)
-GROUPED = {"mosaic_gpu_v2": 6, "zero_tail_kernel": 8}
+# Grouped products: 2 forward, and of each the gradients of both operands. Tails: one behind each row-wise product, two
+# before each gradient of weights, whose groups are also guarded against each other's NaN. Every level moves rows out
+# and in, forward and backward; a wire level also its small message. (In a program of one layer XLA shares the experts'
+# input rows between forward and backward.)
+GROUPED = {"mosaic_gpu_v2": 6, "zero_tail_kernel": 8, "clean_kernel": 4, "spoil_kernel": 2}
 MOVES = {
     1: {"moejax_make_plan": 1, "moejax_permute": 2, "moejax_unpermute": 2},
     8: {"moejax_make_plan": 2, "moejax_permute": 5, "moejax_unpermute": 5},

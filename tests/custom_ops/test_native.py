@@ -1,5 +1,8 @@
 """What only the compiled library can get wrong; what it shares with other implementations is tested beside those."""
 
+import pathlib
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +17,7 @@ from custom_ops import (
     permute,
     unpermute,
 )
+from custom_ops.target import Target
 from tests import tolerance
 from tests.tolerance import assert_close
 
@@ -101,6 +105,24 @@ def test_widths_and_repeats_bitwise(D):
         jax.tree.map(np.testing.assert_array_equal, run(x, weights), first)
 
 
+@pytest.mark.repo
+def test_handlers_for_cuda_take_what_those_for_cpu_take():
+    """Programs for GPUs are only compiled here, which checks no operand: calling the CPU's must stand for both."""
+    csrc = pathlib.Path(__file__).parents[2] / "custom_ops" / "csrc"
+
+    def bindings(suffix):
+        found = {}
+        for path in csrc.glob(f"*{suffix}"):
+            for symbol in path.read_text().split("XLA_FFI_DEFINE_HANDLER_SYMBOL(")[1:]:
+                name = symbol.partition(",")[0]
+                found[name] = re.findall(r"\.(Arg|Ret|Attr)<(.*?)>\((.*?)\)", symbol)
+        return found
+
+    cpu, cuda = bindings(".cc"), bindings(".cu")
+    assert set(cuda) == set(native._CUDA[1]) and set(cpu) == set(native._CPU[1])
+    assert all(len(cuda[name]) > 3 and cuda[name] == cpu[name] for name in cuda), (cuda, cpu)
+
+
 def shaped(shape, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape, dtype)
 
@@ -114,6 +136,14 @@ def shaped(shape, dtype=jnp.float32):
          {"transposed": False}, "group sizes"),
         ("grouped_matmul_drhs", shaped((2, 4, 5)), (jnp.ones((3, 4)), jnp.ones((2, 5)), jnp.ones(2, jnp.int32)),
          {}, "as many rows"),
+        ("grouped_matmul", shaped((3, 5), jnp.bfloat16),
+         (jnp.ones((3, 4)), jnp.ones((2, 4, 5)), jnp.ones(2, jnp.int32)), {"transposed": False},
+         "must have the operands' dtype"),
+        ("unpermute", shaped((3, 4)), (jnp.ones((3, 4)), jnp.zeros((2, 1), jnp.int32), jnp.zeros((0, 0))), {},
+         "a position for every token"),
+        ("make_plan", [shaped((2, 1), jnp.int32), shaped((5,), jnp.int32), shaped((2,), jnp.int32),
+                       shaped((2, 1), jnp.bool_), shaped((), jnp.int32), shaped((0,), jnp.int32)],
+         (jnp.zeros((2, 1), jnp.int32),), {"bucket_rows": np.int64(3), "unique": False}, "choices must be"),
         ("swiglu", shaped((3, 2)), (jnp.ones((3, 5)),), {}, "hidden must be"),
         ("unpermute", shaped((2, 4)), (jnp.ones((3, 4)), jnp.full((2, 1), 3, jnp.int32), jnp.zeros((0, 0))), {},
          "rows that do not exist"),
@@ -139,3 +169,27 @@ def test_without_the_library_there_is_a_warning_and_the_same_result(monkeypatch)
         assert native.describe().startswith("not built")
     finally:
         native._load.cache_clear()
+
+
+def gpu_is_target(monkeypatch):
+    monkeypatch.setattr("custom_ops.native.target", lambda: Target("gpu", "NVIDIA H200"))
+
+
+def gpu_is_beside(monkeypatch):
+    """Programs are traced for the CPU, but could be compiled for a GPU."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+
+@pytest.mark.parametrize("see_gpu", [gpu_is_target, gpu_is_beside])
+def test_on_a_gpu_a_missing_library_is_never_silent(monkeypatch, see_gpu):
+    native._load.cache_clear()
+    native._warn_once.cache_clear()
+    monkeypatch.setattr("custom_ops.__path__", [])
+    try:
+        assert native.cuda_library() is None  # no GPU, no warning
+        see_gpu(monkeypatch)
+        with pytest.warns(UserWarning, match=r"without its native CUDA ops \(no nvcc was found\)"):
+            assert native.cuda_library() is None
+    finally:
+        native._load.cache_clear()
+        native._warn_once.cache_clear()

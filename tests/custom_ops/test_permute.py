@@ -26,6 +26,7 @@ DTYPES = {
     jnp.float32.dtype: tolerance.F32,
     jnp.float64.dtype: tolerance.F64,
     jnp.bfloat16.dtype: tolerance.BF16,
+    jnp.float16.dtype: tolerance.F16,
 }
 
 
@@ -83,7 +84,7 @@ class PermuteConformance:
         + [
             (name, dtype)
             for name in ("packed", "unique")
-            for dtype in (jnp.float64.dtype, jnp.bfloat16.dtype)
+            for dtype in (jnp.float64.dtype, jnp.bfloat16.dtype, jnp.float16.dtype)
         ],
         ids=str,
     )
@@ -134,7 +135,7 @@ class PermuteConformance:
 
     def test_repeats_bitwise(self):
         plan, x, rows, weights = case("unique")
-        first, *others = (compiled(everything, self.ops)(x, rows, weights, plan) for _ in range(6))
+        first, *others = (compiled(everything, self.ops)(x, rows, weights, plan) for _ in range(50))
         for again in others:
             jax.tree.map(np.testing.assert_array_equal, again, first)
 
