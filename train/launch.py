@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 
 from train.errors import TrainingFailed
-from train.processes import COORDINATOR, PROCESS_ID, PROCESSES
+from train.place import COORDINATOR, DEVICES, PROCESS_ID, PROCESSES
 
 GRACE_SECONDS = 15
 """How long the others may take to end after one has died, before they are killed."""
@@ -114,6 +114,8 @@ def launch(words: Sequence[str], processes: int, devices: int | None) -> int:
             PROCESSES: str(processes),
             PROCESS_ID: str(number),
         }
+        if devices is not None:
+            environment[DEVICES] = str(devices)
         log = logs / f"process-{number}.txt" if number else None
         workers.append(Worker(number, command, environment, log))
 
@@ -122,7 +124,9 @@ def launch(words: Sequence[str], processes: int, devices: int | None) -> int:
         for worker in workers:
             worker.signal(signal.SIGTERM)
 
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {
+        number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    }
     try:
         dead = _wait_for_first_failure(workers)
         if dead is not None and dead.process.returncode not in _STOPPED:

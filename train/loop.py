@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from contextlib import ExitStack, closing
 from datetime import datetime
 from pathlib import Path
@@ -34,8 +35,10 @@ from train.model import ModelSpec, product_precision
 from train.monitor import Bystander, Monitor, held_back
 from train.program import make_program
 from train.reporter import Reporter
+from train.selfcheck import check_collectives, check_devices
 from train.signals import stop_signals
 from train.validation import validate
+from train.watchdog import Watchdog
 
 log = logging.getLogger("moejax")
 
@@ -52,6 +55,7 @@ def train(config: TrainConfig, name: str) -> None:
       Interrupted: a signal, after a checkpoint.
     """
     # ---- input: everything that can be refused is refused before the workdir exists ----
+    check_devices()
     validate(config, jax.device_count())
     workdir = _workdir(config, name)
     earlier = load_config(workdir / "config.yaml") if (workdir / "config.yaml").exists() else None
@@ -76,6 +80,7 @@ def train(config: TrainConfig, name: str) -> None:
         }
     )
     program = make_program(config, tokenizer.vocab_size, mesh)
+    speeds = check_collectives(mesh) if _needs_check(mesh) else []
 
     with ExitStack() as stack:
         stack.enter_context(closing(batches))
@@ -104,25 +109,31 @@ def train(config: TrainConfig, name: str) -> None:
         stack.push(monitor)
         for record in warnings:
             log.handle(record)
-        reporter = Reporter(monitor, program.spec, mesh)
+        watchdog = stack.enter_context(
+            Watchdog(workdir, factor=config.log.stall_factor, seconds=config.log.stall_seconds)
+        )
+        reporter = Reporter(monitor, program.spec, mesh, watchdog)
         log.info("run directory: %s", workdir)
         _introduce(program.spec, corpus, mesh, first)
+        for line in speeds:
+            log.info("self-check: %s", line)
 
         batch_shape = abstract_batch(mesh, batch_size, sequence_length)
         train_step = processes.compile_together(program.train_step, program.abstract_state, batch_shape)
         eval_step = processes.compile_together(program.eval_step, program.abstract_state.params, batch_shape)
 
         # ---- the loop ----
+        saved_at = time.monotonic()
         for step in range(first + 1, config.steps + 1):
             state, metrics = train_step(state, device_batch(next(batches), mesh))
             last = step == config.steps
             reporter.add(step, metrics, logged=last or step == 1 or step % config.log.every == 0)
 
             extra: dict[str, Any] = {"content_hash": corpus.content_hash}
-            is_best = False
+            is_best = is_late = False
             if last or _due(step, config.eval.every):
                 reporter.flush()
-                with monitor.paused():
+                with monitor.paused(), watchdog.paused():
                     part = config.eval.max_batches
                     whole = None if last else part
                     split = validation_batches(corpus, batch_size, sequence_length, whole, rows)
@@ -133,9 +144,13 @@ def train(config: TrainConfig, name: str) -> None:
                 monitor.evaluation(step, evaluation.loss())
 
             stopping = stop.after(step)
-            if last or _due(step, config.checkpoint.every) or is_best or stopping:
+            minutes = config.checkpoint.every_minutes
+            if minutes > 0 and _due(step, config.log.every):
+                is_late = processes.from_first(time.monotonic() - saved_at >= 60 * minutes)
+            if last or _due(step, config.checkpoint.every) or is_best or is_late or stopping:
+                saved_at = time.monotonic()
                 reporter.flush()
-                with monitor.paused():
+                with monitor.paused(), watchdog.paused():
                     reporter.refuse_broken(step, state.params)
                     checkpoints.save(step, state, batches.get_state(), extra)
 
@@ -143,6 +158,11 @@ def train(config: TrainConfig, name: str) -> None:
                 checkpoints.wait()
                 raise Interrupted(stop.number, step)
         checkpoints.wait()
+
+
+def _needs_check(mesh: Mesh) -> bool:
+    """Whether the wires between devices can be at fault: not between the CPU devices of one process."""
+    return jax.process_count() > 1 or (mesh.size > 1 and mesh.devices.flat[0].platform == "gpu")
 
 
 def _due(step: int, every: int) -> bool:

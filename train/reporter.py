@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import jax
@@ -14,7 +15,11 @@ from train.finite import FiniteCheck
 from train.metrics import LAYERS
 from train.model import ModelSpec
 from train.monitor import Bystander, Monitor
+from train.spikes import SpikeWatch
 from train.step import Metrics
+from train.watchdog import Watchdog
+
+log = logging.getLogger("moejax")
 
 # Steps whose metrics may wait on the device.
 MAX_AHEAD = 32
@@ -25,9 +30,17 @@ class Reporter:
 
     Every step's metrics are looked at, so a NaN is named with its step, whatever `log.every` is; the host is never more
     than MAX_AHEAD steps ahead of the device.
+
+    Args:
+      watchdog: is told which steps have begun and which are done.
     """
 
-    def __init__(self, monitor: Monitor | Bystander, spec: ModelSpec, mesh: Mesh):
+    def __init__(
+        self, monitor: Monitor | Bystander, spec: ModelSpec, mesh: Mesh, watchdog: Watchdog | None = None
+    ):
+        self._watchdog = watchdog
+        self._spikes = SpikeWatch(spec.config.log.spike_factor)
+        self._skipped = 0
         self._monitor = monitor
         self._check_finite = FiniteCheck(spec)
         self._finite_parts = jax.jit(self._check_finite, out_shardings=NamedSharding(mesh, P()))
@@ -39,6 +52,8 @@ class Reporter:
         if any(was_logged for *_, was_logged in self._pending) or len(self._pending) >= MAX_AHEAD:
             self.flush()
         self._pending.append((step, metrics, logged))
+        if self._watchdog:
+            self._watchdog.begun(step)
 
     def flush(self) -> None:
         """Fetch, check and report all steps so far.
@@ -49,8 +64,12 @@ class Reporter:
         fetched = jax.device_get([metrics for _, metrics, _ in self._pending])
         for (step, _, logged), metrics in zip(self._pending, fetched, strict=True):
             self._refuse_nan(step, metrics)
+            if warning := self._spikes(step, float(metrics["grad_norm"])):
+                log.warning("%s", warning)
             if logged:
                 self._monitor.train(step, self._scalars(metrics), _layers(metrics))
+        if self._watchdog and self._pending:
+            self._watchdog.finished(self._pending[-1][0])
         self._pending.clear()
 
     def refuse_broken(self, step: int, params: Any) -> None:
@@ -80,6 +99,13 @@ class Reporter:
             where = f"the gradient of {bad_gradient} is not finite"
         else:
             where = f"grad_norm {float(metrics['grad_norm'])}, aux_loss {float(metrics['aux_loss'])}"
+        if metrics.get("skipped"):
+            self._skipped += 1
+            log.warning(
+                "step %d: loss %s: %s; the batch is skipped, the %d. one since the run began or went on",
+                *(step, float(metrics["loss"]), where, self._skipped),
+            )
+            return
         raise TrainingFailed(
             f"step {step}: loss {float(metrics['loss'])}: {where}; earlier checkpoints are intact"
         )

@@ -14,7 +14,7 @@ from tests import tolerance
 from tests.train import small
 from train import processes
 from train.errors import ConfigError
-from train.processes import Place, find_place, scheduler
+from train.place import Place, find_place, gpu_of, open_mpi_place, slurm_place
 
 
 @pytest.mark.parametrize(
@@ -24,14 +24,18 @@ from train.processes import Place, find_place, scheduler
         (
             {},
             {"MOEJAX_COORDINATOR": "h:1", "MOEJAX_PROCESSES": "2", "MOEJAX_PROCESS_ID": "1"},
-            Place("h:1", 2, 1),
+            Place("h:1", 2, 1, listens_on="h:1"),
         ),
         (
             {"process_id": "0"},
             {"MOEJAX_COORDINATOR": "h:1", "MOEJAX_PROCESSES": "2", "MOEJAX_PROCESS_ID": "1"},
-            Place("h:1", 2, 0),
+            Place("h:1", 2, 0, listens_on="h:1"),
         ),
-        ({"coordinator": "[::1]:80", "processes": "3", "process_id": "2"}, {}, Place("[::1]:80", 3, 2)),
+        (
+            {"coordinator": "[::1]:80", "processes": "3", "process_id": "2"},
+            {},
+            Place("[::1]:80", 3, 2, listens_on="[::1]:80"),
+        ),
     ],
 )
 def test_a_place_is_found(options, environment, place):
@@ -58,20 +62,67 @@ def test_a_bad_place_is_refused(options, message):
         find_place(options, {})
 
 
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_ID": "0",
+    "SLURM_NTASKS": "5",
+    "SLURM_PROCID": "4",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "2",
+    "SLURM_STEP_NODELIST": "gpu[003-004,9],other",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}
+
+
 @pytest.mark.parametrize(
-    ("environment", "name"),
+    ("find", "environment", "place"),
     [
-        ({}, None),
-        ({"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}, "Slurm"),
-        ({"SLURM_NTASKS": "4"}, None),  # the shell of an allocation
-        ({"SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"}, None),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),
-        ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
-        ({"JOBSET_NAME": "train"}, "Kubernetes"),
+        (slurm_place, {}, None),
+        (slurm_place, SLURM, Place("gpu003:61447", 5, 4, 1, 0)),
+        (slurm_place, SLURM | {"SLURM_STEP_NODELIST": "n1,n2"}, Place("n1:61447", 5, 4, 1, 0)),
+        (slurm_place, SLURM | {"SLURM_STEP_ID": "1", "SLURM_NODEID": "1"}, Place("gpu003:61508", 5, 4, 2, 0)),
+        (slurm_place, {"SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}, None),  # the shell of an allocation
+        (slurm_place, SLURM | {"SLURM_NTASKS": "1"}, None),
+        (open_mpi_place, {}, None),
+        (open_mpi_place, OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1"}, None),
+        (
+            open_mpi_place,
+            OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": "20480.0;tcp://10.0.0.1,10.1.0.1:35851;tcp6://[fd00::2]:1"},
+            Place("10.0.0.1:61445", 2, 1, 2, 1),
+        ),
+        (
+            open_mpi_place,
+            OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": "20480.0;tcp6://[fd00::2,fd00::3]:51673"},
+            Place("[fd00::2]:61445", 2, 1, 2, 1),
+        ),
+        (
+            open_mpi_place,
+            OPEN_MPI | {"PMIX_NAMESPACE": "prterun-node-7-4097@1"},
+            Place("node-7:61441", 2, 1, 2, 1),
+        ),
     ],
 )
-def test_schedulers_are_recognised(environment, name):
-    assert scheduler(environment) == name
+def test_schedulers_say_where_a_process_stands(find, environment, place):
+    assert find(environment) == place
+
+
+def test_an_open_mpi_that_does_not_say_where_process_0_is_is_refused():
+    with pytest.raises(ConfigError, match="^--coordinator = .*does not say where process 0 is"):
+        open_mpi_place(OPEN_MPI)
+
+
+def test_the_gpu_of_a_process():
+    alone, second = slurm_place(SLURM), open_mpi_place(OPEN_MPI | {"PMIX_NAMESPACE": "prterun-n-1@1"})
+    assert gpu_of(alone, {"CUDA_VISIBLE_DEVICES": "0,1"}) is None, "all GPUs of its node"
+    assert gpu_of(second, {"CUDA_VISIBLE_DEVICES": "0,1"}) == gpu_of(second, {}) == 1
+    with pytest.raises(ConfigError, match="^CUDA_VISIBLE_DEVICES = 0: process 1 .*never --gpus-per-task"):
+        gpu_of(second, {"CUDA_VISIBLE_DEVICES": "0"})
 
 
 def test_a_coordinator_out_of_reach_is_named(monkeypatch):
