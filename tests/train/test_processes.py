@@ -113,7 +113,7 @@ def test_schedulers_say_where_a_process_stands(find, environment, place):
 
 
 def test_an_open_mpi_that_does_not_say_where_process_0_is_is_refused():
-    with pytest.raises(ConfigError, match="^--coordinator = .*does not say where process 0 is"):
+    with pytest.raises(ConfigError, match=r"^--coordinator = .*does not say where process 0 is"):
         open_mpi_place(OPEN_MPI)
 
 
@@ -121,7 +121,7 @@ def test_the_gpu_of_a_process():
     alone, second = slurm_place(SLURM), open_mpi_place(OPEN_MPI | {"PMIX_NAMESPACE": "prterun-n-1@1"})
     assert gpu_of(alone, {"CUDA_VISIBLE_DEVICES": "0,1"}) is None, "all GPUs of its node"
     assert gpu_of(second, {"CUDA_VISIBLE_DEVICES": "0,1"}) == gpu_of(second, {}) == 1
-    with pytest.raises(ConfigError, match="^CUDA_VISIBLE_DEVICES = 0: process 1 .*never --gpus-per-task"):
+    with pytest.raises(ConfigError, match=r"^CUDA_VISIBLE_DEVICES = 0: process 1 .*never --gpus-per-task"):
         gpu_of(second, {"CUDA_VISIBLE_DEVICES": "0"})
 
 
