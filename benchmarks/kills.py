@@ -1,0 +1,190 @@
+"""Is any work lost, or any bit changed, when processes of a run are killed at random moments?
+
+    python -m benchmarks.kills [KILLS [FOLDER]]
+
+One run in two processes, killed again and again with SIGKILL: one process or all, at a random moment or in the midst of
+a checkpoint, and now and then with the newest checkpoint truncated or one of its bits flipped. Every time the same
+command must go on, at most one checkpoint interval back (two if the newest was damaged), and every line of
+`metrics.jsonl` must be that of an undisturbed run, to the last bit.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+STEPS, INTERVAL = 600, 5
+MEASUREMENTS = ("tokens_per_second", "step_seconds", "mfu", "memory_bytes")
+RUN = {
+    "steps": STEPS,
+    "data.tokenizer": "char",
+    "data.batch_size": 4,
+    "data.sequence_length": 16,
+    "model.num_layers": 2,
+    "model.d_model": 16,
+    "model.num_heads": 2,
+    "model.moe.num_experts": 4,
+    "model.moe.d_hidden": 8,
+    "mesh.expert": 2,
+    "checkpoint.every": INTERVAL,
+    "checkpoint.keep_last": 3,
+    "eval.every": 0,
+    "log.every": 1,
+    "log.tensorboard": "False",
+}
+
+
+def main(kills: int = 50, folder: str | None = None) -> dict[str, int]:
+    with contextlib.ExitStack() as stack:
+        place = pathlib.Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "text.txt").write_text(
+            " ".join(random.Random(0).choices("to be or not that is the question".split(), k=4000))
+        )
+        finish(command(place, "undisturbed"))
+        expected = lines(place / "undisturbed")
+        assert len(expected) >= STEPS
+        victim = Victim(place, expected, random.Random(1))
+        for number in range(kills):
+            print(f"{number + 1:3}/{kills}", victim.one_kill(), flush=True)
+        finish(victim.command)
+        assert lines(victim.workdir) == expected, "the metrics differ"
+        print(f"{kills} kills, {dict(victim.count)}; {len(expected)} lines of metrics bitwise equal")
+        return dict(victim.count)
+
+
+class Victim:
+    """A run that is killed and started again."""
+
+    def __init__(self, place: pathlib.Path, expected: list[str], draw: random.Random):
+        self.workdir, self.command = place / "disturbed", command(place, "disturbed")
+        self.expected, self.draw = expected, draw
+        self.count: collections.Counter[str] = collections.Counter()
+        self.seen, self.allowed = 0, INTERVAL
+
+    def one_kill(self) -> str:
+        """Start the run, look where it goes on, kill it; what was done, in words."""
+        log = self.workdir / "log.txt"
+        before = log.stat().st_size if log.exists() else 0
+        process = subprocess.Popen(
+            self.command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        wait(
+            process, lambda: "going on" in tail(log, before) or (not before and len(lines(self.workdir)) > 0)
+        )
+        went_on = re.search(r"going on after step (\d+)", tail(log, before))
+        begun_at = int(went_on[1]) if went_on else 0
+        assert begun_at >= self.seen - self.allowed, f"from step {self.seen} back to {begun_at}"
+        moment = self.draw.choice(["any", "any", "write"])
+        if moment == "write":
+            pending = self.workdir / "checkpoints"
+            wait(process, lambda: any(pending.glob(".pending-*")))
+            time.sleep(self.draw.uniform(0, 0.3))
+        else:
+            time.sleep(self.draw.uniform(0, 5))
+        who = self.draw.choice(["process 0", "process 1", "all"])
+        self.kill(process, who)
+        now = lines(self.workdir)
+        assert now == self.expected[: len(now)], "the metrics differ"
+        self.seen = len(now)
+        harm = self.draw.choice(["none", "none", "truncated", "flipped"])
+        self.allowed = INTERVAL + (INTERVAL if self.damage(harm) else 0)
+        for what in (f"during: {moment}", f"killed: {who}", f"newest checkpoint: {harm}"):
+            self.count[what] += 1
+        return f"on from {begun_at}, killed {who} at {self.seen} ({moment}), newest checkpoint: {harm}"
+
+    def kill(self, process: subprocess.Popen[bytes], who: str) -> None:
+        """SIGKILL to one process of the run, or to all and the launcher; none may be left afterwards."""
+        workers = children(process.pid)
+        if process.poll() is None and len(workers) == 2:
+            chosen = {"process 0": workers[:1], "process 1": workers[1:], "all": [process.pid, *workers]}[who]
+            for pid in chosen:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        began = time.monotonic()
+        code = process.wait(timeout=90)
+        wait(None, lambda: not any(is_alive(pid) for pid in workers), 60)
+        self.count["longest seconds until all had ended"] = max(
+            self.count["longest seconds until all had ended"], round(time.monotonic() - began)
+        )
+        assert code in (3, -signal.SIGKILL), f"the launcher ended with {code}"
+
+    def damage(self, harm: str) -> bool:
+        """Truncate a file of the newest checkpoint or flip one bit of it; whether there was one to damage."""
+        steps = [int(path.name) for path in (self.workdir / "checkpoints").glob("[0-9]*")]
+        if harm == "none" or len(steps) < 2:
+            return False
+        files = [
+            path for path in (self.workdir / "checkpoints" / str(max(steps))).rglob("*") if path.is_file()
+        ]
+        path = self.draw.choice(sorted(path for path in files if path.stat().st_size))
+        content = bytearray(path.read_bytes())
+        if harm == "truncated":
+            del content[len(content) // 2 :]
+        else:
+            content[self.draw.randrange(len(content))] ^= 1 << self.draw.randrange(8)
+        path.write_bytes(content)
+        return True
+
+
+def command(place: pathlib.Path, name: str) -> list[str]:
+    options = {"data.path": place / "text.txt", "workdir": place / name, **RUN}
+    words = [word for field, value in options.items() for word in (f"--{field}", str(value))]
+    launch = ["launch", "--processes", "2", "--devices-per-process", "1"]
+    return [sys.executable, "-m", "train", *launch, "train", "quickstart", *words]
+
+
+def finish(words: list[str]) -> None:
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def lines(workdir: pathlib.Path) -> list[str]:
+    """The whole lines of the metrics, without what is measured."""
+    path = workdir / "metrics.jsonl"
+    whole = path.read_text().split("\n")[:-1] if path.exists() else []
+    records = [json.loads(line) for line in whole]
+    return [
+        json.dumps({name: value for name, value in record.items() if name not in MEASUREMENTS})
+        for record in records
+    ]
+
+
+def tail(path: pathlib.Path, offset: int) -> str:
+    return path.read_bytes()[offset:].decode() if path.exists() else ""
+
+
+def wait(process: subprocess.Popen[bytes] | None, condition, seconds: float = 180) -> None:
+    """Until the condition holds or the process has ended."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if process is not None and process.poll() is not None:
+            return
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.01)
+
+
+def children(pid: int) -> list[int]:
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
+    return sorted(int(word) for word in found.stdout.split())
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 50, sys.argv[2] if len(sys.argv) > 2 else None)
