@@ -122,6 +122,8 @@ class Watchdog:
             file=sys.stderr,
             flush=True,
         )
+        if jax.process_count() > 1 and processes.is_first():
+            time.sleep(MEETING_SECONDS)  # the others still need the coordinator, which lives here
         self._end(TrainingFailed.exit_code)
 
     def _who_is_behind(self) -> str:

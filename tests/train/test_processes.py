@@ -1,19 +1,18 @@
 """One run in several processes: where they stand, that they agree, and that the numbers are those of one process."""
 
-import dataclasses
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
 from tests import tolerance
-from tests.train import small
+from tests.train import launching, small
+from tests.train.launching import children, is_gone, run, start, wait_for_step
 from train import processes
+from train.config import MeshConfig
 from train.errors import ConfigError
+from train.integrity import find_fault, writer_of
 from train.place import Place, find_place, gpu_of, open_mpi_place, slurm_place
 
 
@@ -135,67 +134,11 @@ def test_a_coordinator_out_of_reach_is_named(monkeypatch):
 
 @pytest.fixture
 def config(tmp_path):
-    base = small.config()
-    text = small.write_text(tmp_path / "text.txt")
-    data = dataclasses.replace(base.data, path=str(text))
-    mesh = dataclasses.replace(base.mesh, expert=4)
-    return small.write_config(tmp_path / "small.py", dataclasses.replace(base, data=data, mesh=mesh))
-
-
-def start(*words):
-    return subprocess.Popen(
-        [sys.executable, "-m", "train", *map(str, words)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ,
-    )
-
-
-def run(*words, code=0):
-    process = start(*words)
-    output = process.communicate(timeout=240)[0]
-    assert process.returncode == code, output
-    return output
+    return launching.write_config(tmp_path, mesh=MeshConfig(expert=4))
 
 
 def launched(config, workdir, *options):
-    return (
-        "launch",
-        "--processes",
-        2,
-        "--devices-per-process",
-        2,
-        "train",
-        config,
-        "--workdir",
-        workdir,
-        *options,
-    )
-
-
-def wait_for_step(workdir, step, process):
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        path = workdir / "metrics.jsonl"
-        if path.exists() and f'"step": {step},' in path.read_text():
-            return
-        time.sleep(0.01)
-    process.kill()
-    raise AssertionError(f"step {step} was never reached: {process.communicate()[0]}")
-
-
-def children(process):
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
-    return [int(pid) for pid in found.stdout.split()]
-
-
-def is_gone(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    return False
+    return launching.launched(2, 2, config, workdir, *options)
 
 
 OPTIONS = ("--steps", 24, "--eval.every", 12)
@@ -262,3 +205,84 @@ def test_processes_with_different_configs_refuse_to_begin(config, tmp_path):
         r"^error: CONFIG = .*must be the same in every process, but that of process 1", output, re.M
     )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def in_one_process(tmp_path_factory):
+    """Folder, config, and the metrics of 50 steps on one device."""
+    folder = tmp_path_factory.mktemp("layouts")
+    config = launching.write_config(folder)
+    run("train", config, "--workdir", folder / "one", "--cpu-devices", 1, "--steps", 50)
+    return folder, config, small.read_metrics(folder / "one")
+
+
+# A further mesh axis is one more row.
+MESHES = [("--mesh.expert", 1), ("--mesh.expert", 2), ("--mesh.expert", 4)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: " ".join(map(str, mesh)))
+@pytest.mark.parametrize(("count", "devices"), [(1, 4), (2, 2), (4, 1)])
+def test_the_loss_does_not_depend_on_processes_and_axes(in_one_process, count, devices, mesh):
+    folder, config, one = in_one_process
+    workdir = folder / f"{count} {devices} {mesh}"
+    run(*launching.launched(count, devices, config, workdir, "--steps", 50, "--checkpoint.every", 0, *mesh))
+    for expected, actual in zip(one, small.read_metrics(workdir), strict=True):
+        for name in {"loss", "eval/loss"} & set(expected):
+            tolerance.assert_close(
+                actual[name], expected[name], tolerance.F32_MODEL, f"{name}, {expected['step']}"
+            )
+
+
+@pytest.mark.slow
+def test_every_process_writes_and_hashes_its_own_part_of_a_checkpoint(config, tmp_path):
+    run(*launched(config, tmp_path / "run", "--steps", 1, "--model.moe.d_hidden", 512))
+    directory = tmp_path / "run" / "checkpoints" / "1"
+    parts = {number: 0 for number in range(2)}
+    for line in (directory / "manifest.sha256").read_text().splitlines():
+        path = directory / line[66:]
+        if path.parent.name == "d":
+            parts[writer_of(line[66:])] += path.stat().st_size
+    # Nearly all of this model is experts, which lie half on one process, half on the other.
+    assert 0.9 < parts[0] / parts[1] < 1.3
+    assert find_fault(directory) is None
+
+
+STALLED = """
+import os, time
+from train.data import batches
+
+take = batches.TrainingBatches.__next__
+
+def stall(self):
+    batch = take(self)
+    if os.environ.get("MOEJAX_PROCESS_ID") == "1" and self.get_state()["next_batch"] == 9:
+        time.sleep(600)
+    return batch
+
+batches.TrainingBatches.__next__ = stall
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_does_not_arrive_is_named_and_all_end(config, tmp_path):
+    config.write_text(STALLED + config.read_text())
+    options = ("--log.stall_factor", 3, "--log.stall_seconds", 15)
+    process = start(*launched(config, tmp_path / "run", *OPTIONS, *options))
+    wait_for_step(tmp_path / "run", 7, process)
+    workers = children(process)
+    output = process.communicate(timeout=90)[0]
+    assert process.returncode == 3, output
+    assert re.search(r"step \d+ has not ended after \d+ s: others have begun step 9, process 1 is at", output)
+    assert all(is_gone(pid) for pid in workers)
+    stacks = [(tmp_path / "run" / "logs" / f"stacks-{number}.txt").read_text() for number in range(2)]
+    assert "in stall" in stacks[1] and "in stall" not in stacks[0]
+
+
+@pytest.mark.slow
+@pytest.mark.repo
+def test_killed_again_and_again_it_goes_on_to_the_same_bits(tmp_path):
+    from benchmarks import kills
+
+    done = kills.main(6, str(tmp_path), steps=150)
+    assert sum(count for what, count in done.items() if what.startswith("killed: ")) == 6
