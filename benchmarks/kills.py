@@ -71,6 +71,7 @@ class Victim:
         self.expected, self.draw = expected, draw
         self.count: collections.Counter[str] = collections.Counter()
         self.sound = 0  # the newest checkpoint that must be found
+        self.damaged: set[str] = set()
 
     def one_kill(self) -> str:
         """Start the run, look where it goes on, kill it; what was done, in words."""
@@ -85,18 +86,20 @@ class Victim:
         went_on = re.search(r"going on after step (\d+)", tail(log, before))
         begun_at = int(went_on[1]) if went_on else 0
         assert begun_at == self.sound, f"went on from {begun_at}, not {self.sound}"
-        moment = self.draw.choice(["any", "any", "write"])
+        moment = self.draw.choice(["start", "step", "step", "write", "write"])
+        if moment != "start":  # programs are compiled first
+            wait(process, lambda: len(lines(self.workdir)) > begun_at)
         if moment == "write":
             pending = self.workdir / "checkpoints"
             wait(process, lambda: any(pending.glob(".pending-*")))
             time.sleep(self.draw.uniform(0, 0.3))
         else:
-            time.sleep(self.draw.uniform(0, 5))
-        who = self.draw.choice(["process 0", "process 1", "all"])
+            time.sleep(self.draw.uniform(0, 3))
+        who = self.draw.choice(["process 0", "process 1", "all", "all"])
         self.kill(process, who)
         now = lines(self.workdir)
         assert now == self.expected[: len(now)], "the metrics differ"
-        complete = sorted(int(path.name) for path in (self.workdir / "checkpoints").glob("[0-9]*"))
+        complete = self.complete()
         self.sound = max(complete, default=0)
         lost = len(now) - self.sound
         assert lost < 2 * INTERVAL, f"{lost} steps lost"
@@ -127,6 +130,11 @@ class Victim:
         )
         assert code in (3, -signal.SIGKILL), f"the launcher ended with {code}"
 
+    def complete(self) -> list[int]:
+        """Steps of the complete checkpoints without damage; one that was damaged counts again once it is replaced."""
+        paths = (self.workdir / "checkpoints").glob("[0-9]*")
+        return sorted(int(path.name) for path in paths if identity(path) not in self.damaged)
+
     def damage(self, step: int, harm: str) -> None:
         """Truncate a file of this checkpoint or flip one bit of it."""
         files = [path for path in (self.workdir / "checkpoints" / str(step)).rglob("*") if path.is_file()]
@@ -137,6 +145,7 @@ class Victim:
         else:
             content[self.draw.randrange(len(content))] ^= 1 << self.draw.randrange(8)
         path.write_bytes(content)
+        self.damaged.add(identity(path.parents[len(path.parts) - len(self.workdir.parts) - 3]))
 
 
 def command(place: pathlib.Path, name: str, steps: int) -> list[str]:
@@ -160,6 +169,10 @@ def lines(workdir: pathlib.Path) -> list[str]:
         json.dumps({name: value for name, value in record.items() if name not in MEASUREMENTS})
         for record in records
     ]
+
+
+def identity(checkpoint: pathlib.Path) -> str:
+    return f"{checkpoint.name} {checkpoint.stat().st_ino}"
 
 
 def tail(path: pathlib.Path, offset: int) -> str:

@@ -53,13 +53,25 @@ class ReportOptions:
 
 
 @dataclass(frozen=True)
+class ExportOptions:
+    """What `moejax export` writes."""
+
+    layer: int | None = None
+    """Layer from 0; required."""
+    expert: int | None = None
+    """Expert of it from 0. Unset: the whole layer."""
+    output: str = ""
+    """A new safetensors file; required."""
+
+
+@dataclass(frozen=True)
 class LaunchOptions:
     """How many processes `moejax launch` starts."""
 
     processes: int = 1
     """Processes of the run, all on this machine."""
     devices_per_process: int | None = None
-    """CPU devices of each process. Unset: what each one finds; for GPUs set CUDA_VISIBLE_DEVICES by a scheduler."""
+    """CPU devices of each process. Unset: one GPU each, or what it finds where there are none."""
 
 
 @dataclass
@@ -279,6 +291,20 @@ def _report(arguments: Sequence[str], options: Mapping[str, str]) -> int:
     return 0
 
 
+def _export(argument: str, options: Mapping[str, str]) -> int:
+    chosen = override(ExportOptions(), options, prefix="--")
+    if chosen.layer is None:
+        raise ConfigError("--layer", "(nothing)", "must be given")
+    if not chosen.output:
+        raise ConfigError("--output", "(nothing)", "must be given")
+    _check_run_directory(argument)
+
+    from train.export import export_run
+
+    print(*export_run(argument, chosen.output, chosen.layer, chosen.expert), sep="\n")
+    return 0
+
+
 def _launch(words: Sequence[str], options: Mapping[str, str]) -> int:
     from train.launch import launch
 
@@ -318,6 +344,9 @@ COMMANDS = {
         ReportOptions,
         _report,
         takes_many=True,
+    ),
+    "export": Command(
+        "Write a layer, or one expert of it, as a safetensors file.", "RUN", _RUN, ExportOptions, _export
     ),
     "launch": Command(
         "Run a command in several processes on this machine.",

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 
 from train.errors import TrainingFailed
-from train.place import COORDINATOR, DEVICES, PROCESS_ID, PROCESSES
+from train.place import COORDINATOR, DEVICES, NEIGHBOURS, PROCESS_ID, PROCESSES
 
 GRACE_SECONDS = 15
 """How long the others may take to end after one has died, before they are killed."""
@@ -94,7 +94,7 @@ def launch(words: Sequence[str], processes: int, devices: int | None) -> int:
     Args:
       words: a command line of `moejax`, such as `train quickstart --workdir runs/here`.
       processes: how many.
-      devices: CPU devices of each; unset: what the process finds.
+      devices: CPU devices of each; unset: one GPU each, or what a process finds without GPUs.
 
     Returns:
       0; 2 for bad input; 128 + signal when the run was stopped by one, after a checkpoint.
@@ -114,7 +114,9 @@ def launch(words: Sequence[str], processes: int, devices: int | None) -> int:
             PROCESSES: str(processes),
             PROCESS_ID: str(number),
         }
-        if devices is not None:
+        if devices is None:
+            environment[NEIGHBOURS] = str(processes)  # each takes one of the GPUs
+        else:
             environment[DEVICES] = str(devices)
         log = logs / f"process-{number}.txt" if number else None
         workers.append(Worker(number, command, environment, log))

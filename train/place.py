@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from train.errors import ConfigError
 from train.fields import shown
 
-# Set by `moejax launch` for each process it starts; DEVICES is how many each one was promised.
+# Set by `moejax launch` for each process it starts; DEVICES is how many each one was promised, NEIGHBOURS how many
+# processes share the machine.
 COORDINATOR, PROCESSES, PROCESS_ID = "MOEJAX_COORDINATOR", "MOEJAX_PROCESSES", "MOEJAX_PROCESS_ID"
 DEVICES = "MOEJAX_DEVICES_PER_PROCESS"
+NEIGHBOURS = "MOEJAX_PROCESSES_PER_NODE"
 
 _FIRST_PORT, _PORTS = 2**16 - 2**12, 2**12  # the top of the ephemeral range, where jax looks as well
 
@@ -67,7 +69,16 @@ def find_place(options: Mapping[str, str], environment: Mapping[str, str] = os.e
         raise ConfigError("--processes", processes, "must be at least 1")
     if process_id >= processes:
         raise ConfigError("--process_id", process_id, f"must be below --processes ({processes})")
-    return Place(coordinator, processes, process_id, listens_on=coordinator)
+    return Place(coordinator, processes, process_id, *_neighbourhood(environment), coordinator)
+
+
+def _neighbourhood(environment: Mapping[str, str]) -> tuple[int | None, int | None]:
+    """Processes on this node, and the number of this one among them, where `moejax launch` or Open MPI say so."""
+    if NEIGHBOURS in environment:
+        return int(environment[NEIGHBOURS]), int(environment[PROCESS_ID])
+    if "OMPI_COMM_WORLD_LOCAL_SIZE" in environment:
+        return int(environment["OMPI_COMM_WORLD_LOCAL_SIZE"]), int(environment["OMPI_COMM_WORLD_LOCAL_RANK"])
+    return None, None
 
 
 def _number(name: str, text: str | None) -> int:

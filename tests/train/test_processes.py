@@ -35,6 +35,11 @@ from train.place import Place, find_place, gpu_of, open_mpi_place, slurm_place
             {},
             Place("[::1]:80", 3, 2, listens_on="[::1]:80"),
         ),
+        (
+            {"coordinator": "h:1", "processes": "4", "process_id": "3"},
+            {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
+            Place("h:1", 4, 3, 2, 1, "h:1"),
+        ),
     ],
 )
 def test_a_place_is_found(options, environment, place):

@@ -1,4 +1,4 @@
-"""A checkpoint of any layout is read on any other: bit by bit, the optimizer too, and the loss goes on as it would have.
+"""A checkpoint of any layout is read on any other: bit by bit, the optimizer too, and the loss goes on as before.
 
 A further mesh axis is one more row of LAYOUTS.
 """
