@@ -1,6 +1,6 @@
 """Is any work lost, or any bit changed, when processes of a run are killed at random moments?
 
-    python -m benchmarks.kills [KILLS [FOLDER]]
+    python -m benchmarks.kills [KILLS [FOLDER [SEED]]]
 
 One run in two processes, killed again and again with SIGKILL: one process or all, at a random moment or in the midst of
 a checkpoint, and now and then with the newest checkpoint truncated or one of its bits flipped. Every time the same
@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 
-STEPS, INTERVAL = 600, 5
+STEPS, INTERVAL = 240, 5
 MEASUREMENTS = ("tokens_per_second", "step_seconds", "mfu", "memory_bytes")
 RUN = {
     "data.tokenizer": "char",
@@ -44,7 +44,7 @@ RUN = {
 }
 
 
-def main(kills: int = 50, folder: str | None = None, steps: int = STEPS) -> dict[str, int]:
+def main(kills: int = 50, folder: str | None = None, seed: int = 1, steps: int = STEPS) -> dict[str, int]:
     with contextlib.ExitStack() as stack:
         place = pathlib.Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
         place.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,9 @@ def main(kills: int = 50, folder: str | None = None, steps: int = STEPS) -> dict
         finish(command(place, "undisturbed", steps))
         expected = lines(place / "undisturbed")
         assert len(expected) >= steps
-        victim = Victim(command(place, "disturbed", steps), place / "disturbed", expected, random.Random(1))
+        victim = Victim(
+            command(place, "disturbed", steps), place / "disturbed", expected, random.Random(seed)
+        )
         for number in range(kills):
             print(f"{number + 1:3}/{kills}", victim.one_kill(), flush=True)
         finish(victim.command)
@@ -202,4 +204,8 @@ def is_alive(pid: int) -> bool:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 50, sys.argv[2] if len(sys.argv) > 2 else None)
+    main(
+        int(sys.argv[1]) if len(sys.argv) > 1 else 50,
+        sys.argv[2] if len(sys.argv) > 2 else None,
+        int(sys.argv[3]) if len(sys.argv) > 3 else 1,
+    )
