@@ -11,6 +11,7 @@ checkpoints/
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -39,6 +40,9 @@ BEST, EXTENT = "eval/loss", "eval/tokens"
 """The entries of `extra` by which the best checkpoint is chosen: the lowest loss among those over as many tokens."""
 
 _RECORD = "record.json"
+_saves = (
+    itertools.count()
+)  # of this process: what the processes tell each other about one save has its number
 _FAULT = "fault: "  # how a process tells process 0 of an error instead of its hashes
 
 
@@ -68,7 +72,6 @@ class Checkpoints:
         self._finisher = ThreadPoolExecutor(1, "checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
         self._times = 0.0, 0.0  # when the save in progress began, and how long the caller waited
-        self._saves = 0
         self._damaged: set[int] = set()
         self._swept = False
 
@@ -100,7 +103,6 @@ class Checkpoints:
         """
         began = time.monotonic()
         self.wait()
-        self._saves += 1
         leaves = lv.named_leaves(state)
         described = lv.description(leaves)
         record = json.dumps(
@@ -118,7 +120,7 @@ class Checkpoints:
             raise self._failure(step, error) from error
         finish = self._finish if self._primary else self._finish_part
         self._times = began, time.monotonic() - began
-        self._saving = step, self._finisher.submit(finish, step, pending, record, f"{step}.{self._saves}")
+        self._saving = step, self._finisher.submit(finish, step, pending, record, str(next(_saves)))
 
     def _finish(self, step: int, pending: Path, record: str, topic: str) -> None:
         """In the background of process 0: wait for Orbax, collect the hashes, commit by one rename, prune."""

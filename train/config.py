@@ -199,9 +199,10 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step always has one. 0: only the last step."""
     every_minutes: float = 0.0
     """Minutes after which the next logged step has a checkpoint too. 0: steps alone count."""
-    on_nan: Literal["stop", "skip"] = "stop"
-    """What a step that is not finite does: end the run, or change nothing but the count of steps, so that its batch is
-    skipped. Both keep the checkpoints there are."""
+    on_nan: Literal["stop", "skip", "rollback"] = "stop"
+    """What a step that is not finite does: end the run; change nothing but the count of steps, so that its batch is
+    skipped; or go back to the last checkpoint and on with the batch after the bad one, ten times at most. All keep the
+    checkpoints there are."""
     keep_last: int = 2
     """Newest checkpoints kept."""
     keep_best: int = 1

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 
 from train.errors import TrainingFailed
-from train.place import COORDINATOR, DEVICES, NEIGHBOURS, PROCESS_ID, PROCESSES
+from train.place import COORDINATOR, DEVICES, LAUNCHER, NEIGHBOURS, PROCESS_ID, PROCESSES
 
 GRACE_SECONDS = 15
 """How long the others may take to end after one has died, before they are killed."""
@@ -113,6 +113,7 @@ def launch(words: Sequence[str], processes: int, devices: int | None) -> int:
             COORDINATOR: coordinator,
             PROCESSES: str(processes),
             PROCESS_ID: str(number),
+            LAUNCHER: str(os.getpid()),
         }
         if devices is None:
             environment[NEIGHBOURS] = str(processes)  # each takes one of the GPUs

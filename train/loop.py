@@ -27,7 +27,7 @@ from train.data import (
     load_corpus,
     validation_batches,
 )
-from train.errors import ConfigError, Interrupted
+from train.errors import ConfigError, Interrupted, NotFinite
 from train.evaluate import evaluate
 from train.feed import abstract_batch, device_batch, process_rows
 from train.lock import lock_run
@@ -42,6 +42,8 @@ from train.watchdog import Watchdog
 
 log = logging.getLogger("moejax")
 
+MAX_ROLLBACKS = 10
+
 
 def train(config: TrainConfig, name: str) -> None:
     """Run `config` to its last step, from the newest sound checkpoint of its workdir if there is one.
@@ -54,10 +56,22 @@ def train(config: TrainConfig, name: str) -> None:
       TrainingFailed: NaN, a full disk; the last good checkpoint is intact.
       Interrupted: a signal, after a checkpoint.
     """
-    # ---- input: everything that can be refused is refused before the workdir exists ----
     check_devices()
     validate(config, jax.device_count())
     workdir = _workdir(config, name)
+    bad_step = None
+    for attempt in range(MAX_ROLLBACKS + 1):
+        try:
+            return _train(config, workdir, bad_step)
+        except NotFinite as error:
+            if config.checkpoint.on_nan != "rollback" or attempt == MAX_ROLLBACKS:
+                raise
+            bad_step = error.step
+
+
+def _train(config: TrainConfig, workdir: Path, bad_step: int | None) -> None:
+    """One attempt; with `bad_step`, the data goes on after the batch of that step."""
+    # ---- input: everything that can be refused is refused before the workdir exists ----
     earlier = load_config(workdir / "config.yaml") if (workdir / "config.yaml").exists() else None
     config = with_absolute_paths(config, earlier)
     if earlier is not None:
@@ -95,6 +109,8 @@ def train(config: TrainConfig, name: str) -> None:
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config.checkpoint))
         with held_back() as warnings:
             restored = checkpoints.restore(program.abstract_state, accept=batches.set_state)
+            if bad_step is not None:
+                _leave_out(batches, bad_step, 0 if restored is None else restored[0])
         first, state = (0, program.init()) if restored is None else restored[:2]
         if config.steps < first:
             rule = f"must be at least {first}, which this run has already done"
@@ -158,6 +174,13 @@ def train(config: TrainConfig, name: str) -> None:
                 checkpoints.wait()
                 raise Interrupted(stop.number, step)
         checkpoints.wait()
+
+
+def _leave_out(batches: TrainingBatches, bad_step: int, step: int) -> None:
+    """Set the data, which stands after `step`, to behind the batch that gave NaN at `bad_step`."""
+    log.warning("step %d gave NaN: back to step %d, and on with the batch after the bad one", bad_step, step)
+    state = batches.get_state()
+    batches.set_state(state | {"next_batch": state["next_batch"] + bad_step - step})
 
 
 def _needs_check(mesh: Mesh) -> bool:

@@ -11,10 +11,10 @@ from train.errors import ConfigError
 from train.fields import shown
 
 # Set by `moejax launch` for each process it starts; DEVICES is how many each one was promised, NEIGHBOURS how many
-# processes share the machine.
+# processes share the machine, LAUNCHER the id of the process that has started them.
 COORDINATOR, PROCESSES, PROCESS_ID = "MOEJAX_COORDINATOR", "MOEJAX_PROCESSES", "MOEJAX_PROCESS_ID"
 DEVICES = "MOEJAX_DEVICES_PER_PROCESS"
-NEIGHBOURS = "MOEJAX_PROCESSES_PER_NODE"
+NEIGHBOURS, LAUNCHER = "MOEJAX_PROCESSES_PER_NODE", "MOEJAX_LAUNCHER"
 
 _FIRST_PORT, _PORTS = 2**16 - 2**12, 2**12  # the top of the ephemeral range, where jax looks as well
 

@@ -5,12 +5,15 @@ The coordinator is a service inside process 0. Every process connects to it once
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.metadata
 import itertools
 import json
 import os
+import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,7 +23,7 @@ import numpy as np
 
 from train.errors import ConfigError
 from train.fields import shown
-from train.place import Place, find_place, gpu_of, open_mpi_place, slurm_place
+from train.place import LAUNCHER, Place, find_place, gpu_of, open_mpi_place, slurm_place
 
 HEARTBEAT_SECONDS = 30
 """After so long without a sign of life a process counts as lost, and all others end."""
@@ -29,6 +32,8 @@ CONNECT_SECONDS = 60
 
 COMPILE_SECONDS = 1800
 """How long a process waits for the others to compile."""
+
+_SIGNAL_AT_PARENTS_DEATH = 1  # PR_SET_PDEATHSIG
 
 _meetings = itertools.count()
 
@@ -42,6 +47,8 @@ def join(options: Mapping[str, str], environment: Mapping[str, str] = os.environ
     Raises:
       ConfigError: the coordinator cannot be reached, or nobody says where it is.
     """
+    if environment.get(LAUNCHER, "").isdecimal():
+        _end_with(int(environment[LAUNCHER]))
     place = find_place(options, environment) or slurm_place(environment) or open_mpi_place(environment)
     if place is None:
         if "JOBSET_NAME" in environment:
@@ -62,6 +69,15 @@ def join(options: Mapping[str, str], environment: Mapping[str, str] = os.environ
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         coordinator_bind_address=place.listens_on,
     )
+
+
+def _end_with(launcher: int) -> None:
+    """Get SIGTERM when the launcher ends, however it ends: no process may be left behind. Linux only."""
+    if not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(_SIGNAL_AT_PARENTS_DEATH, signal.SIGTERM)
+    if os.getppid() != launcher:  # it was faster
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _join_on_kubernetes() -> None:
@@ -133,7 +149,7 @@ def compile_together(function: Any, *arguments: Any) -> Callable[..., Any]:
 
 
 def exchange_texts(mine: str, topic: str, seconds: float = COMPILE_SECONDS) -> list[str] | None:
-    """Process 0 gets the text of every process, by number; the others get None. All must call, with the same topic.
+    """Process 0 gets the text of every process, by number; the others get None. All must call, each topic once.
 
     Through the coordinator, not through devices: no collective can time out while one process is late, and processes
     whose programs differ can still say so. Also for use beside the main thread.
@@ -176,6 +192,11 @@ def _client() -> Any:
     return distributed.global_state.client
 
 
+def new_topic(name: str) -> str:
+    """A topic that has not been used; all processes must ask for the same ones in the same order."""
+    return f"{name}/{next(_meetings)}"
+
+
 def require_agreement(texts: Mapping[str, str]) -> None:
     """Compare what all processes must have alike; all must call.
 
@@ -187,7 +208,7 @@ def require_agreement(texts: Mapping[str, str]) -> None:
     """
     if jax.process_count() == 1:
         return
-    topic = f"agreement/{next(_meetings)}"
+    topic = new_topic("agreement")
     digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
     everyone = exchange_texts(json.dumps(digests), topic)
     verdict = json.dumps(_differing([json.loads(one) for one in everyone]) if everyone else None)

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from train.errors import TrainingFailed
+from train.errors import NotFinite
 from train.finite import FiniteCheck
 from train.metrics import LAYERS
 from train.model import ModelSpec
@@ -59,7 +59,7 @@ class Reporter:
         """Fetch, check and report all steps so far.
 
         Raises:
-          TrainingFailed: a step was not finite; names the first such step and where it began.
+          NotFinite: a step was not finite; names the first such step and where it began.
         """
         fetched = jax.device_get([metrics for _, metrics, _ in self._pending])
         for (step, _, logged), metrics in zip(self._pending, fetched, strict=True):
@@ -76,13 +76,14 @@ class Reporter:
         """Before a checkpoint: one with NaN or Inf must never take the place of a good one.
 
         Raises:
-          TrainingFailed: names the parameter and its layer.
+          NotFinite: names the parameter and its layer.
         """
         broken = self._check_finite.first(jax.device_get(self._finite_parts(params)))
         if broken is not None:
-            raise TrainingFailed(
+            raise NotFinite(
+                step,
                 f"step {step}: the update made parameters NaN or Inf, {broken} first; "
-                "lower optimizer.learning_rate; earlier checkpoints are intact"
+                "lower optimizer.learning_rate; earlier checkpoints are intact",
             )
 
     def _refuse_nan(self, step: int, metrics: dict[str, np.ndarray]) -> None:
@@ -106,8 +107,8 @@ class Reporter:
                 *(step, float(metrics["loss"]), where, self._skipped),
             )
             return
-        raise TrainingFailed(
-            f"step {step}: loss {float(metrics['loss'])}: {where}; earlier checkpoints are intact"
+        raise NotFinite(
+            step, f"step {step}: loss {float(metrics['loss'])}: {where}; earlier checkpoints are intact"
         )
 
     def _scalars(self, metrics: dict[str, np.ndarray]) -> dict[str, float]:

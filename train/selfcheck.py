@@ -32,9 +32,10 @@ def check_devices() -> None:
     if jax.process_count() == 1:
         return
     mine = {"promised": promised_devices(), "seen": jax.local_device_count()}
-    texts = processes.exchange_texts(json.dumps(mine), "devices")
+    topic = processes.new_topic("devices")
+    texts = processes.exchange_texts(json.dumps(mine), topic)
     verdict = json.dumps(_wrong_counts([json.loads(text) for text in texts]) if texts else None)
-    fault = json.loads(processes.tell_all(verdict, "devices seen"))
+    fault = json.loads(processes.tell_all(verdict, topic))
     if fault is not None:
         number, seen, wanted = fault
         rule = (
@@ -120,10 +121,11 @@ def _refuse(axis: str, name: str, wrong: int) -> None:
     if jax.process_count() == 1:
         texts: list[str] | None = [str(wrong)]
     else:
-        texts = processes.exchange_texts(str(wrong), f"check/{axis} {name}")
+        topic = processes.new_topic("check")
+        texts = processes.exchange_texts(str(wrong), topic)
     bad = [number for number, text in enumerate(texts or []) if int(text)]
     if jax.process_count() > 1:
-        bad = json.loads(processes.tell_all(json.dumps(bad), f"checked/{axis} {name}"))
+        bad = json.loads(processes.tell_all(json.dumps(bad), topic))
     if bad:
         raise TrainingFailed(
             f"self-check: the {name} over mesh axis {axis} gives wrong numbers in process "

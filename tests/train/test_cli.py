@@ -92,7 +92,8 @@ def test_train_again_from_the_yaml_of_a_run(trained, run_directory):
         ("", "command = (nothing): must be one of train, eval, generate, report, export, launch, doctor"),
         (
             "trian quickstart",
-            "command = trian: must be one of train, eval, generate, report, export, launch, doctor; the nearest is train",
+            "command = trian: must be one of train, eval, generate, report, export, launch, doctor; "
+            "the nearest is train",
         ),
         ("train", "CONFIG = (nothing): must be given"),
         ("train quickstart more", "argument = more: one argument too many"),

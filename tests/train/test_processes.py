@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import time
 
 import pytest
 
@@ -282,6 +283,19 @@ def test_a_process_that_does_not_arrive_is_named_and_all_end(config, tmp_path):
     assert all(is_gone(pid) for pid in workers)
     stacks = [(tmp_path / "run" / "logs" / f"stacks-{number}.txt").read_text() for number in range(2)]
     assert "in stall" in stacks[1] and "in stall" not in stacks[0]
+
+
+@pytest.mark.slow
+def test_nobody_is_left_behind_when_the_launcher_is_killed(config, tmp_path):
+    process = start(*launched(config, tmp_path / "run", "--steps", 100_000, "--checkpoint.every", 0))
+    wait_for_step(tmp_path / "run", 7, process)
+    workers = children(process)
+    process.kill()
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not all(is_gone(pid) for pid in workers):
+        time.sleep(0.1)
+    assert len(workers) == 2 and all(is_gone(pid) for pid in workers)
+    assert any((tmp_path / "run" / "checkpoints").iterdir()), "stopped in order"
 
 
 @pytest.mark.slow
