@@ -188,7 +188,7 @@ def test_nan_ends_a_run_that_logs_rarely_within_few_steps(run, capsys, monkeypat
 def test_a_full_disk_ends_the_run_with_the_last_checkpoint_intact(run, capsys, monkeypatch):
     assert run("--steps", 5) == 0
 
-    def full(_):
+    def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("train.checkpoint.write_manifest", full)
