@@ -27,6 +27,8 @@ from train.place import LAUNCHER, Place, find_place, gpu_of, open_mpi_place, slu
 
 HEARTBEAT_SECONDS = 30
 """After so long without a sign of life a process counts as lost, and all others end."""
+PARTING_SECONDS = 30
+"""How long a process that ends waits for the others to end too; then they count as told, and end."""
 CONNECT_SECONDS = 60
 """How long a process tries to reach the coordinator before it gives up."""
 
@@ -67,6 +69,7 @@ def join(options: Mapping[str, str], environment: Mapping[str, str] = os.environ
         cluster_detection_method="deactivate",
         initialization_timeout=CONNECT_SECONDS,
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        shutdown_timeout_seconds=PARTING_SECONDS,
         coordinator_bind_address=place.listens_on,
     )
 
@@ -84,7 +87,9 @@ def _join_on_kubernetes() -> None:
     """By jax's own detection, which asks the cluster for the coordinator's address."""
     try:
         jax.distributed.initialize(
-            initialization_timeout=CONNECT_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+            initialization_timeout=CONNECT_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=PARTING_SECONDS,
         )
     except (ImportError, ValueError, RuntimeError) as error:
         rule = (

@@ -263,7 +263,7 @@ take = batches.TrainingBatches.__next__
 def stall(self):
     batch = take(self)
     if os.environ.get("MOEJAX_PROCESS_ID") == "1" and self.get_state()["next_batch"] == 9:
-        time.sleep(600)
+        BREAK
     return batch
 
 batches.TrainingBatches.__next__ = stall
@@ -272,7 +272,7 @@ batches.TrainingBatches.__next__ = stall
 
 @pytest.mark.slow
 def test_a_process_that_does_not_arrive_is_named_and_all_end(config, tmp_path):
-    config.write_text(STALLED + config.read_text())
+    config.write_text(STALLED.replace("BREAK", "time.sleep(600)") + config.read_text())
     options = ("--log.stall_factor", 3, "--log.stall_seconds", 15)
     process = start(*launched(config, tmp_path / "run", *OPTIONS, *options))
     wait_for_step(tmp_path / "run", 7, process)
@@ -283,6 +283,17 @@ def test_a_process_that_does_not_arrive_is_named_and_all_end(config, tmp_path):
     assert all(is_gone(pid) for pid in workers)
     stacks = [(tmp_path / "run" / "logs" / f"stacks-{number}.txt").read_text() for number in range(2)]
     assert "in stall" in stacks[1] and "in stall" not in stacks[0]
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_alone_takes_the_others_with_it(config, tmp_path):
+    config.write_text(STALLED.replace("BREAK", "raise OSError('the disk is gone')") + config.read_text())
+    process = start(*launched(config, tmp_path / "run", *OPTIONS))
+    wait_for_step(tmp_path / "run", 7, process)
+    workers, began = children(process), time.monotonic()
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 3 and "the disk is gone" in output, output
+    assert all(is_gone(pid) for pid in workers) and time.monotonic() - began < 60
 
 
 @pytest.mark.slow
