@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from train.config import TrainConfig
-from train.errors import ConfigError, RunError, TrainingFailed
+from train.errors import ConfigError, NotFinite, RunError, TrainingFailed
 from train.fields import convert, leaf_types, nearest, override, shown, unknown_field
 
 MAX_CPU_DEVICES = 4096
@@ -120,6 +120,8 @@ def main(argv: list[str] | None = None) -> int:
         line = " ".join(str(error).split())
         # Bytes of the command line that are no UTF-8 are shown as escapes.
         print("error:", line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
+        if isinstance(error, TrainingFailed) and not isinstance(error, NotFinite):
+            _leave_the_others(error.exit_code)
         return error.exit_code
     except KeyboardInterrupt:
         if words.traceback:
@@ -136,6 +138,18 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
         print("error:", " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
         return TrainingFailed.exit_code
+
+
+def _leave_the_others(exit_code: int) -> None:
+    """End a process of several that has failed alone at once: in order, it would first wait for the others.
+
+    They cannot go on without it, and find out by its silence or from whoever started them all.
+    """
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
 
 
 def take_apart(argv: list[str], words: Words) -> None:
