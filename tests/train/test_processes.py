@@ -302,6 +302,7 @@ def test_nobody_is_left_behind_when_the_launcher_is_killed(config, tmp_path):
     wait_for_step(tmp_path / "run", 7, process)
     workers = children(process)
     process.kill()
+    process.communicate(timeout=60)  # until nobody holds its output any more
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not all(is_gone(pid) for pid in workers):
         time.sleep(0.1)
