@@ -4,18 +4,20 @@ checkpoints/
   500/                 exists only when complete
     state/             Orbax: the state's leaves by dotted name
     record.json        step, data state, extra, shapes and dtypes of the leaves
-    manifest.sha256    a hash per file
+    manifest.sha256    a hash per file, from the process that wrote the file
   .pending-1000/       being written, or left by a killed process; the next save sweeps it away
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -27,9 +29,10 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from train import leaves as lv
+from train import processes
 from train.config import CheckpointConfig
 from train.errors import ConfigError, TrainingFailed
-from train.integrity import find_fault, sync_directory, write_durably, write_manifest
+from train.integrity import find_fault, hash_lines, sync_directory, write_durably, write_manifest
 
 log = logging.getLogger("moejax")
 
@@ -37,6 +40,10 @@ BEST, EXTENT = "eval/loss", "eval/tokens"
 """The entries of `extra` by which the best checkpoint is chosen: the lowest loss among those over as many tokens."""
 
 _RECORD = "record.json"
+_saves = (
+    itertools.count()
+)  # of this process: what the processes tell each other about one save has its number
+_FAULT = "fault: "  # how a process tells process 0 of an error instead of its hashes
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
@@ -64,6 +71,7 @@ class Checkpoints:
         self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
         self._finisher = ThreadPoolExecutor(1, "checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
+        self._times = 0.0, 0.0  # when the save in progress began, and how long the caller waited
         self._damaged: set[int] = set()
         self._swept = False
 
@@ -93,6 +101,7 @@ class Checkpoints:
         Raises:
           TrainingFailed: this or the previous save could not be written.
         """
+        began = time.monotonic()
         self.wait()
         leaves = lv.named_leaves(state)
         described = lv.description(leaves)
@@ -109,20 +118,46 @@ class Checkpoints:
             self._checkpointer.save(pending / "state", args=ocp.args.PyTreeSave(arrays))
         except Exception as error:
             raise self._failure(step, error) from error
-        self._saving = step, self._finisher.submit(self._finish, step, pending, record)
+        finish = self._finish if self._primary else self._finish_part
+        self._times = began, time.monotonic() - began
+        self._saving = step, self._finisher.submit(finish, step, pending, record, str(next(_saves)))
 
-    def _finish(self, step: int, pending: Path, record: str) -> None:
-        """In the background: wait for Orbax, hash, commit by one rename, remove what is no longer kept."""
-        self._checkpointer.wait_until_finished()
-        if not self._primary:
-            return
-        write_durably(pending / _RECORD, record)
-        write_manifest(pending)
-        self._discard(step)
-        pending.rename(self.directory / str(step))
-        sync_directory(self.directory)
+    def _finish(self, step: int, pending: Path, record: str, topic: str) -> None:
+        """In the background of process 0: wait for Orbax, collect the hashes, commit by one rename, prune."""
+        fault = ""
+        try:
+            self._checkpointer.wait_until_finished()
+            write_durably(pending / _RECORD, record)
+            write_manifest(pending, _all_hashes(pending, topic))
+            self._discard(step)
+            pending.rename(self.directory / str(step))
+            sync_directory(self.directory)
+        except Exception as error:
+            fault = str(error)
+            raise
+        finally:
+            if jax.process_count() > 1:
+                processes.tell_all(fault, f"written/{topic}")
         self._damaged.discard(step)
+        began, blocked = self._times
+        log.info(
+            "checkpoint of step %d: written in %.2f s, of which the steps waited %.2f s",
+            step,
+            time.monotonic() - began,
+            blocked,
+        )
         self._prune(step)
+
+    def _finish_part(self, step: int, pending: Path, record: str, topic: str) -> None:
+        """In the background of the others: hash what this process has written; done when process 0 has committed."""
+        self._checkpointer.wait_until_finished()
+        try:
+            lines = hash_lines(pending, jax.process_index())
+        except OSError as error:
+            lines = f"{_FAULT}{error}"
+        processes.exchange_texts(lines, f"hashes/{topic}")
+        if fault := processes.tell_all("", f"written/{topic}"):
+            raise OSError(fault)
 
     def _prune(self, newest: int) -> None:
         """Keep the newest and the best of the sound ones up to `newest`."""
@@ -331,6 +366,18 @@ class Checkpoints:
                 arrays[name] = jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
         restored = [lv.revived(leaf, arrays[name]) for name, leaf in wanted.items()]
         return jax.tree.unflatten(jax.tree.structure(abstract), restored)
+
+
+def _all_hashes(pending: Path, topic: str) -> str:
+    """The manifest's lines from all processes, in process 0."""
+    mine = hash_lines(pending)
+    if jax.process_count() == 1:
+        return mine
+    texts = processes.exchange_texts(mine, f"hashes/{topic}") or []
+    for number, text in enumerate(texts):
+        if text.startswith(_FAULT):
+            raise OSError(f"process {number} cannot read what it wrote: {text.removeprefix(_FAULT)}")
+    return "".join(texts)
 
 
 def _from_primary(step: int) -> int:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from train.config import TrainConfig
-from train.errors import ConfigError, RunError, TrainingFailed
+from train.errors import ConfigError, NotFinite, RunError, TrainingFailed
 from train.fields import convert, leaf_types, nearest, override, shown, unknown_field
 from train.logs import logged_to
 
@@ -56,13 +56,25 @@ class ReportOptions:
 
 
 @dataclass(frozen=True)
+class ExportOptions:
+    """What `moejax export` writes."""
+
+    layer: int | None = None
+    """Layer from 0; required."""
+    expert: int | None = None
+    """Expert of it from 0. Unset: the whole layer."""
+    output: str = ""
+    """A new safetensors file; required."""
+
+
+@dataclass(frozen=True)
 class LaunchOptions:
     """How many processes `moejax launch` starts."""
 
     processes: int = 1
     """Processes of the run, all on this machine."""
     devices_per_process: int | None = None
-    """CPU devices of each process. Unset: what each one finds; for GPUs set CUDA_VISIBLE_DEVICES by a scheduler."""
+    """CPU devices of each process. Unset: one GPU each, or what it finds where there are none."""
 
 
 @dataclass
@@ -112,6 +124,8 @@ def main(argv: list[str] | None = None) -> int:
         line = " ".join(str(error).split())
         # Bytes of the command line that are no UTF-8 are shown as escapes.
         print("error:", line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
+        if isinstance(error, TrainingFailed) and not isinstance(error, NotFinite):
+            _leave_the_others(error.exit_code)
         return error.exit_code
     except KeyboardInterrupt:
         if words.traceback:
@@ -138,6 +152,18 @@ def _warnings_shown() -> Iterator[None]:
     handler.setLevel(logging.WARNING)
     with logged_to([handler]):
         yield
+
+
+def _leave_the_others(exit_code: int) -> None:
+    """End a process of several that has failed alone at once: in order, it would first wait for the others.
+
+    They cannot go on without it, and find out by its silence or from whoever started them all.
+    """
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
 
 
 def take_apart(argv: list[str], words: Words) -> None:
@@ -293,6 +319,20 @@ def _report(arguments: Sequence[str], options: Mapping[str, str]) -> int:
     return 0
 
 
+def _export(argument: str, options: Mapping[str, str]) -> int:
+    chosen = override(ExportOptions(), options, prefix="--")
+    if chosen.layer is None:
+        raise ConfigError("--layer", "(nothing)", "must be given")
+    if not chosen.output:
+        raise ConfigError("--output", "(nothing)", "must be given")
+    _check_run_directory(argument)
+
+    from train.export import export_run
+
+    print(*export_run(argument, chosen.output, chosen.layer, chosen.expert), sep="\n")
+    return 0
+
+
 def _launch(words: Sequence[str], options: Mapping[str, str]) -> int:
     from train.launch import launch
 
@@ -332,6 +372,9 @@ COMMANDS = {
         ReportOptions,
         _report,
         takes_many=True,
+    ),
+    "export": Command(
+        "Write a layer, or one expert of it, as a safetensors file.", "RUN", _RUN, ExportOptions, _export
     ),
     "launch": Command(
         "Run a command in several processes on this machine.",

@@ -197,6 +197,12 @@ class CheckpointConfig:
 
     every: int = 500
     """Steps between checkpoints; the last step always has one. 0: only the last step."""
+    every_minutes: float = 0.0
+    """Minutes after which the next logged step has a checkpoint too. 0: steps alone count."""
+    on_nan: Literal["stop", "skip", "rollback"] = "stop"
+    """What a step that is not finite does: end the run; change nothing but the count of steps, so that its batch is
+    skipped; or go back to the last checkpoint and on with the batch after the bad one, ten times at most. All keep the
+    checkpoints there are."""
     keep_last: int = 2
     """Newest checkpoints kept."""
     keep_best: int = 1
@@ -226,6 +232,13 @@ class LogConfig:
     """Steps without a token after which an expert counts as dead."""
     drop_limit: float = 0.1
     """Share of dropped choices from which on there is a warning."""
+    spike_factor: float = 10.0
+    """Gradient norm, as a multiple of the median of the last hundred steps, that gives a warning. 0: never."""
+    stall_factor: float = 20.0
+    """A step that takes longer than so many times the median ends the run, with all stacks of all processes and the
+    names of those that did not arrive; the same command goes on from the last checkpoint. 0: never."""
+    stall_seconds: float = 300.0
+    """What is never too long for a step."""
     tensorboard: bool = True
     """Also write TensorBoard event files."""
 

@@ -29,6 +29,18 @@ class TrainingFailed(RunError):
     exit_code = 3
 
 
+class NotFinite(TrainingFailed):
+    """A step gave NaN or Inf.
+
+    Args:
+      step: the one whose batch it was.
+    """
+
+    def __init__(self, step: int, message: str):
+        self.step = step
+        super().__init__(message)
+
+
 class Interrupted(RunError):
     """A signal stopped the run after a checkpoint; the exit code is 128 + the signal's number."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,22 +16,30 @@ MANIFEST = "manifest.sha256"
 _THREADS = 8  # hashlib releases the interpreter lock; more threads than this wait for the disk
 
 
-def write_manifest(directory: Path) -> None:
-    """Hash every file below `directory` into its manifest, which is on the disk when this returns."""
-    names = _files(directory)
+def hash_lines(directory: Path, process: int = 0) -> str:
+    """The manifest's lines of the files below `directory` that this process has written."""
+    names = [name for name in _files(directory) if writer_of(name) == process]
     with ThreadPoolExecutor(_THREADS) as pool:
         digests = list(pool.map(lambda name: _digest(directory / name), names))
-    write_durably(
-        directory / MANIFEST,
-        "".join(f"{digest}  {name}\n" for digest, name in zip(digests, names, strict=True)),
-    )
+    return "".join(f"{digest}  {name}\n" for digest, name in zip(digests, names, strict=True))
+
+
+def write_manifest(directory: Path, lines: str) -> None:
+    """Write the manifest of what `hash_lines` gave in all processes; it is on the disk when this returns."""
+    write_durably(directory / MANIFEST, lines)
+
+
+def writer_of(name: str) -> int:
+    """The process that has written a file of a checkpoint: the one that Orbax names in the path, or process 0."""
+    match = re.search(r"(?:^|[/.])process_(\d+)(?:/|$)", name)
+    return int(match[1]) if match else 0
 
 
 def find_fault(directory: Path, share: tuple[int, int] = (0, 1)) -> str | None:
     """What is wrong with a directory that has a manifest, or None when it is sound.
 
     Args:
-      directory: what `write_manifest` was called on.
+      directory: that of a manifest.
       share: (index, count): hash only every count-th file, so that processes can divide the reading. Missing
         and additional files are always found.
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 
 from train.errors import TrainingFailed
-from train.processes import COORDINATOR, PROCESS_ID, PROCESSES
+from train.place import COORDINATOR, DEVICES, LAUNCHER, NEIGHBOURS, PROCESS_ID, PROCESSES
 
 GRACE_SECONDS = 15
 """How long the others may take to end after one has died, before they are killed."""
@@ -94,7 +94,7 @@ def launch(words: Sequence[str], processes: int, devices: int | None) -> int:
     Args:
       words: a command line of `moejax`, such as `train quickstart --workdir runs/here`.
       processes: how many.
-      devices: CPU devices of each; unset: what the process finds.
+      devices: CPU devices of each; unset: one GPU each, or what a process finds without GPUs.
 
     Returns:
       0; 2 for bad input; 128 + signal when the run was stopped by one, after a checkpoint.
@@ -113,7 +113,12 @@ def launch(words: Sequence[str], processes: int, devices: int | None) -> int:
             COORDINATOR: coordinator,
             PROCESSES: str(processes),
             PROCESS_ID: str(number),
+            LAUNCHER: str(os.getpid()),
         }
+        if devices is None:
+            environment[NEIGHBOURS] = str(processes)  # each takes one of the GPUs
+        else:
+            environment[DEVICES] = str(devices)
         log = logs / f"process-{number}.txt" if number else None
         workers.append(Worker(number, command, environment, log))
 
@@ -122,7 +127,9 @@ def launch(words: Sequence[str], processes: int, devices: int | None) -> int:
         for worker in workers:
             worker.signal(signal.SIGTERM)
 
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {
+        number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    }
     try:
         dead = _wait_for_first_failure(workers)
         if dead is not None and dead.process.returncode not in _STOPPED:

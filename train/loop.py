@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from contextlib import ExitStack, closing
 from datetime import datetime
 from pathlib import Path
@@ -26,7 +27,7 @@ from train.data import (
     load_corpus,
     validation_batches,
 )
-from train.errors import ConfigError, Interrupted
+from train.errors import ConfigError, Interrupted, NotFinite
 from train.evaluate import evaluate
 from train.feed import abstract_batch, device_batch, process_rows
 from train.lock import lock_run
@@ -35,10 +36,14 @@ from train.model import ModelSpec, product_precision
 from train.monitor import Bystander, Monitor
 from train.program import make_program
 from train.reporter import Reporter
+from train.selfcheck import check_collectives, check_devices
 from train.signals import stop_signals
 from train.validation import validate
+from train.watchdog import Watchdog
 
 log = logging.getLogger("moejax")
+
+MAX_ROLLBACKS = 10
 
 
 def train(config: TrainConfig, name: str) -> None:
@@ -52,9 +57,22 @@ def train(config: TrainConfig, name: str) -> None:
       TrainingFailed: NaN, a full disk; the last good checkpoint is intact.
       Interrupted: a signal, after a checkpoint.
     """
-    # ---- input: everything that can be refused is refused before the workdir exists ----
+    check_devices()
     validate(config, jax.device_count())
     workdir = _workdir(config, name)
+    bad_step = None
+    for attempt in range(MAX_ROLLBACKS + 1):
+        try:
+            return _train(config, workdir, bad_step)
+        except NotFinite as error:
+            if config.checkpoint.on_nan != "rollback" or attempt == MAX_ROLLBACKS:
+                raise
+            bad_step = error.step
+
+
+def _train(config: TrainConfig, workdir: Path, bad_step: int | None) -> None:
+    """One attempt; with `bad_step`, the data goes on after the batch of that step."""
+    # ---- input: everything that can be refused is refused before the workdir exists ----
     earlier = earlier_config(workdir)
     config = with_absolute_paths(config, earlier)
     if earlier is not None:
@@ -77,6 +95,7 @@ def train(config: TrainConfig, name: str) -> None:
         }
     )
     program = make_program(config, tokenizer.vocab_size, mesh)
+    speeds = check_collectives(mesh) if _needs_check(mesh) else []
 
     with ExitStack() as stack:
         stack.enter_context(closing(batches))
@@ -91,6 +110,8 @@ def train(config: TrainConfig, name: str) -> None:
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config.checkpoint))
         with held_back() as warnings:
             restored = checkpoints.restore(program.abstract_state, accept=batches.set_state)
+            if bad_step is not None:
+                _leave_out(batches, bad_step, 0 if restored is None else restored[0])
         first, state = (0, program.init()) if restored is None else restored[:2]
         if config.steps < first:
             rule = f"must be at least {first}, which this run has already done"
@@ -105,25 +126,31 @@ def train(config: TrainConfig, name: str) -> None:
         stack.push(monitor)
         for record in warnings:
             log.handle(record)
-        reporter = Reporter(monitor, program.spec, mesh, checkpoints.describe)
+        watchdog = stack.enter_context(
+            Watchdog(workdir, factor=config.log.stall_factor, seconds=config.log.stall_seconds)
+        )
+        reporter = Reporter(monitor, program.spec, mesh, checkpoints.describe, watchdog)
         log.info("run directory: %s", workdir)
         _introduce(program.spec, corpus, mesh, first)
+        for line in speeds:
+            log.info("self-check: %s", line)
 
         batch_shape = abstract_batch(mesh, batch_size, sequence_length)
         train_step = processes.compile_together(program.train_step, program.abstract_state, batch_shape)
         eval_step = processes.compile_together(program.eval_step, program.abstract_state.params, batch_shape)
 
         # ---- the loop ----
+        saved_at = time.monotonic()
         for step in range(first + 1, config.steps + 1):
             state, metrics = train_step(state, device_batch(next(batches), mesh))
             last = step == config.steps
             reporter.add(step, metrics, logged=last or step == 1 or step % config.log.every == 0)
 
             extra: dict[str, Any] = {"content_hash": corpus.content_hash}
-            is_best = False
+            is_best = is_late = False
             if last or _due(step, config.eval.every):
                 reporter.flush()
-                with monitor.paused():
+                with monitor.paused(), watchdog.paused():
                     part = config.eval.max_batches
                     whole = None if last else part
                     split = validation_batches(corpus, batch_size, sequence_length, whole, rows)
@@ -134,9 +161,13 @@ def train(config: TrainConfig, name: str) -> None:
                 monitor.evaluation(step, evaluation.loss())
 
             stopping = stop.after(step)
-            if last or _due(step, config.checkpoint.every) or is_best or stopping:
+            minutes = config.checkpoint.every_minutes
+            if minutes > 0 and _due(step, config.log.every):
+                is_late = processes.from_first(time.monotonic() - saved_at >= 60 * minutes)
+            if last or _due(step, config.checkpoint.every) or is_best or is_late or stopping:
+                saved_at = time.monotonic()
                 reporter.flush()
-                with monitor.paused():
+                with monitor.paused(), watchdog.paused():
                     reporter.refuse_broken(step, state.params)
                     checkpoints.save(step, state, batches.get_state(), extra)
 
@@ -144,6 +175,18 @@ def train(config: TrainConfig, name: str) -> None:
                 checkpoints.wait()
                 raise Interrupted(stop.number, step)
         checkpoints.wait()
+
+
+def _leave_out(batches: TrainingBatches, bad_step: int, step: int) -> None:
+    """Set the data, which stands after `step`, to behind the batch that gave NaN at `bad_step`."""
+    log.warning("step %d gave NaN: back to step %d, and on with the batch after the bad one", bad_step, step)
+    state = batches.get_state()
+    batches.set_state(state | {"next_batch": state["next_batch"] + bad_step - step})
+
+
+def _needs_check(mesh: Mesh) -> bool:
+    """Whether the wires between devices can be at fault: not between the CPU devices of one process."""
+    return jax.process_count() > 1 or (mesh.size > 1 and mesh.devices.flat[0].platform == "gpu")
 
 
 def _due(step: int, every: int) -> bool:

@@ -5,15 +5,17 @@ The coordinator is a service inside process 0. Every process connects to it once
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.metadata
 import itertools
-import logging
+import json
 import os
+import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -21,125 +23,78 @@ import numpy as np
 
 from train.errors import ConfigError
 from train.fields import shown
-
-log = logging.getLogger("moejax")
+from train.place import LAUNCHER, Place, find_place, gpu_of, open_mpi_place, slurm_place
 
 HEARTBEAT_SECONDS = 30
 """After so long without a sign of life a process counts as lost, and all others end."""
+PARTING_SECONDS = 30
+"""How long a process that ends waits for the others to end too; then they count as told, and end."""
 CONNECT_SECONDS = 60
 """How long a process tries to reach the coordinator before it gives up."""
 
 COMPILE_SECONDS = 1800
 """How long a process waits for the others to compile."""
 
+_SIGNAL_AT_PARENTS_DEATH = 1  # PR_SET_PDEATHSIG
+
 _meetings = itertools.count()
 
-# Set by `moejax launch` for each process it starts.
-COORDINATOR, PROCESSES, PROCESS_ID = "MOEJAX_COORDINATOR", "MOEJAX_PROCESSES", "MOEJAX_PROCESS_ID"
 
-# A scheduler's variable that holds the number of processes -> its name. jax reads the rest itself.
-_SCHEDULERS = {"SLURM_NTASKS": "Slurm", "OMPI_COMM_WORLD_SIZE": "Open MPI", "JOBSET_NAME": "Kubernetes"}
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a process stands in its run.
-
-    Fields:
-      coordinator: host:port of process 0's service.
-      processes: of the whole run.
-      process_id: 0 to processes - 1.
-    """
-
-    coordinator: str
-    processes: int
-    process_id: int
-
-
-def find_place(options: Mapping[str, str], environment: Mapping[str, str] = os.environ) -> Place | None:
-    """This process's place by flags or by `moejax launch`; None when neither says anything.
-
-    Args:
-      options: `coordinator`, `processes` and `process_id` of the command line: all of them or none.
-
-    Raises:
-      ConfigError: one is missing, no number, or out of range.
-    """
-    names = {"coordinator": COORDINATOR, "processes": PROCESSES, "process_id": PROCESS_ID}
-    given = {name: options.get(name, environment.get(variable)) for name, variable in names.items()}
-    if not any(given.values()):
-        return None
-    for name, value in given.items():
-        if not value:
-            raise ConfigError(f"--{name}", "(nothing)", f"must be given along with {', '.join(names)}")
-    coordinator = str(given["coordinator"])
-    host, colon, port = coordinator.rpartition(":")
-    if not (host and colon and port.isdecimal() and 0 < int(port) < 2**16):
-        raise ConfigError("--coordinator", coordinator, "must be HOST:PORT of process 0")
-    processes, process_id = (
-        _number("--processes", given["processes"]),
-        _number("--process_id", given["process_id"]),
-    )
-    if processes < 1:
-        raise ConfigError("--processes", processes, "must be at least 1")
-    if process_id >= processes:
-        raise ConfigError("--process_id", process_id, f"must be below --processes ({processes})")
-    return Place(coordinator, processes, process_id)
-
-
-def _number(name: str, text: str | None) -> int:
-    if text is None or not text.isdecimal():
-        raise ConfigError(name, text, "must be a whole number of at least 0")
-    return int(text)
-
-
-def scheduler(environment: Mapping[str, str] = os.environ) -> str | None:
-    """The scheduler that started this process as one of several, by name; None when there is none."""
-    for variable, name in _SCHEDULERS.items():
-        count = environment.get(variable, "1")
-        # A shell inside a Slurm allocation has the job's variables, but only `srun` gives a process its number.
-        started = variable != "SLURM_NTASKS" or "SLURM_STEP_ID" in environment
-        if started and (not count.isdecimal() or int(count) > 1):
-            return name
-    return None
-
-
-def join(options: Mapping[str, str]) -> None:
+def join(options: Mapping[str, str], environment: Mapping[str, str] = os.environ) -> None:
     """Connect this process to the others of its run, if it has any.
 
     Args:
       options: see `find_place`.
 
     Raises:
-      ConfigError: the coordinator cannot be reached, or the scheduler does not say where it is.
+      ConfigError: the coordinator cannot be reached, or nobody says where it is.
     """
-    place = find_place(options)
+    if environment.get(LAUNCHER, "").isdecimal():
+        _end_with(int(environment[LAUNCHER]))
+    place = find_place(options, environment) or slurm_place(environment) or open_mpi_place(environment)
     if place is None:
-        if (name := scheduler()) is not None:
-            _join_by_scheduler(name)
+        if "JOBSET_NAME" in environment:
+            _join_on_kubernetes()
         return
     if place.processes == 1:
         return
+    gpu = gpu_of(place, environment)
     if place.process_id > 0:
         _wait_for_coordinator(place)
     jax.distributed.initialize(
         place.coordinator,
         place.processes,
         place.process_id,
+        local_device_ids=gpu,
         cluster_detection_method="deactivate",
         initialization_timeout=CONNECT_SECONDS,
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-        coordinator_bind_address=place.coordinator,
+        shutdown_timeout_seconds=PARTING_SECONDS,
+        coordinator_bind_address=place.listens_on,
     )
 
 
-def _join_by_scheduler(name: str) -> None:
+def _end_with(launcher: int) -> None:
+    """Get SIGTERM when the launcher ends, however it ends: no process may be left behind. Linux only."""
+    if not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(_SIGNAL_AT_PARENTS_DEATH, signal.SIGTERM)
+    if os.getppid() != launcher:  # it was faster
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _join_on_kubernetes() -> None:
+    """By jax's own detection, which asks the cluster for the coordinator's address."""
     try:
         jax.distributed.initialize(
-            initialization_timeout=CONNECT_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+            initialization_timeout=CONNECT_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=PARTING_SECONDS,
         )
-    except (ValueError, RuntimeError) as error:
-        rule = f"{name} started several processes, but they cannot find each other ({error}); say where process 0 is"
+    except (ImportError, ValueError, RuntimeError) as error:
+        rule = (
+            f"Kubernetes started processes, but they do not find each other ({error}); say where process 0 is"
+        )
         raise ConfigError("--coordinator", "(nothing)", rule) from error
 
 
@@ -161,7 +116,7 @@ def _wait_for_coordinator(place: Place) -> None:
 def versions() -> str:
     """What must be alike in all processes, or their programs differ."""
     return ", ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "flax", "optax")
+        f"{name} {importlib.metadata.version(name)}" for name in ("moejax", "jax", "jaxlib", "flax", "optax")
     )
 
 
@@ -198,6 +153,55 @@ def compile_together(function: Any, *arguments: Any) -> Callable[..., Any]:
     return compiled
 
 
+def exchange_texts(mine: str, topic: str, seconds: float = COMPILE_SECONDS) -> list[str] | None:
+    """Process 0 gets the text of every process, by number; the others get None. All must call, each topic once.
+
+    Through the coordinator, not through devices: no collective can time out while one process is late, and processes
+    whose programs differ can still say so. Also for use beside the main thread.
+    """
+    client, me = _client(), jax.process_index()
+    if me:
+        client.key_value_set(f"moejax/{topic}/{me}", mine)
+        return None
+    deadline = time.monotonic() + seconds
+    texts = [mine]
+    for other in range(1, jax.process_count()):
+        left = max(1, int(1000 * (deadline - time.monotonic())))
+        texts.append(client.blocking_key_value_get(f"moejax/{topic}/{other}", left))
+        client.key_value_delete(f"moejax/{topic}/{other}")
+    return texts
+
+
+def tell_all(text: str, topic: str, seconds: float = COMPILE_SECONDS) -> str:
+    """Process 0's text, in every process; all must call, with the same topic, once."""
+    if jax.process_index() == 0:
+        _client().key_value_set(f"moejax/{topic}", text)
+        return text
+    return _client().blocking_key_value_get(f"moejax/{topic}", int(1000 * seconds))
+
+
+def put(topic: str, text: str) -> None:
+    """Leave a text of this process where all can read it; a later one replaces it."""
+    _client().key_value_set(f"moejax/{topic}/{jax.process_index()}", text, allow_overwrite=True)
+
+
+def look(topic: str) -> dict[int, str]:
+    """What `put` has left under a topic, by process."""
+    found = _client().key_value_dir_get(f"moejax/{topic}/")
+    return {int(key.rpartition("/")[2]): text for key, text in found}
+
+
+def _client() -> Any:
+    from jax._src import distributed  # jax has no public name for the coordinator's store
+
+    return distributed.global_state.client
+
+
+def new_topic(name: str) -> str:
+    """A topic that has not been used; all processes must ask for the same ones in the same order."""
+    return f"{name}/{next(_meetings)}"
+
+
 def require_agreement(texts: Mapping[str, str]) -> None:
     """Compare what all processes must have alike; all must call.
 
@@ -205,17 +209,26 @@ def require_agreement(texts: Mapping[str, str]) -> None:
       texts: what is compared, by the name that an error gives it.
 
     Raises:
-      ConfigError: in every process, naming the first process that differs from process 0, and in what.
+      ConfigError: in every process, naming the processes that differ from process 0, and in what.
     """
     if jax.process_count() == 1:
         return
-    from jax.experimental import multihost_utils
+    topic = new_topic("agreement")
+    digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    everyone = exchange_texts(json.dumps(digests), topic)
+    verdict = json.dumps(_differing([json.loads(one) for one in everyone]) if everyone else None)
+    differing: dict[str, list[int]] = json.loads(tell_all(verdict, topic))
+    for name, numbers in differing.items():
+        listed = ", ".join(map(str, numbers[:8])) + (" and more" if len(numbers) > 8 else "")
+        rule = f"must be the same in every process, but that of process {listed} is not that of process 0"
+        raise ConfigError(name, shown(f"{texts[name]} in process {jax.process_index()}"), rule)
 
-    digests = [hashlib.sha256(text.encode()).digest()[:8] for text in texts.values()]
-    mine = np.frombuffer(b"".join(digests), np.uint32).reshape(len(texts), 2)
-    all_PNd = np.asarray(multihost_utils.process_allgather(mine))
-    for name, theirs_Pd in zip(texts, all_PNd.swapaxes(0, 1), strict=True):
-        differing = np.flatnonzero((theirs_Pd != theirs_Pd[0]).any(axis=1))
-        if len(differing):
-            rule = f"must be the same in every process, but that of process {differing[0]} is not that of process 0"
-            raise ConfigError(name, shown(f"{texts[name]} in process {jax.process_index()}"), rule)
+
+def _differing(everyone: list[dict[str, str]]) -> dict[str, list[int]]:
+    """Name -> the processes whose entry is not that of process 0, for the names that have any."""
+    first = everyone[0]
+    numbers = {
+        name: [number for number, one in enumerate(everyone) if one.get(name) != digest]
+        for name, digest in first.items()
+    }
+    return {name: found for name, found in numbers.items() if found}

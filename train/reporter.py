@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +11,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from train.errors import TrainingFailed
+from train.errors import NotFinite
 from train.finite import FiniteCheck
 from train.metrics import LAYERS
 from train.model import ModelSpec
 from train.monitor import Bystander, Monitor
+from train.spikes import SpikeWatch
 from train.step import Metrics
+from train.watchdog import Watchdog
+
+log = logging.getLogger("moejax")
 
 # Steps whose metrics may wait on the device. XLA's CPU client holds 32 computations of a device at once; a thread that
 # launches one more waits, and on several devices the slowest may need that very thread: a deadlock.
@@ -30,6 +35,7 @@ class Reporter:
 
     Args:
       describe_checkpoint: says which checkpoint a failed run is left with.
+      watchdog: is told which steps have begun and which are done.
     """
 
     def __init__(
@@ -38,7 +44,11 @@ class Reporter:
         spec: ModelSpec,
         mesh: Mesh,
         describe_checkpoint: Callable[[], str],
+        watchdog: Watchdog | None = None,
     ):
+        self._watchdog = watchdog
+        self._spikes = SpikeWatch(spec.config.log.spike_factor)
+        self._skipped = 0
         self._monitor = monitor
         self._describe_checkpoint = describe_checkpoint
         self._check_finite = FiniteCheck(spec)
@@ -51,31 +61,38 @@ class Reporter:
         if any(was_logged for *_, was_logged in self._pending) or len(self._pending) >= MAX_AHEAD:
             self.flush()
         self._pending.append((step, metrics, logged))
+        if self._watchdog:
+            self._watchdog.begun(step)
 
     def flush(self) -> None:
         """Fetch, check and report all steps so far.
 
         Raises:
-          TrainingFailed: a step was not finite; names the first such step and where it began.
+          NotFinite: a step was not finite; names the first such step and where it began.
         """
         fetched = jax.device_get([metrics for _, metrics, _ in self._pending])
         for (step, _, logged), metrics in zip(self._pending, fetched, strict=True):
             self._refuse_nan(step, metrics)
+            if warning := self._spikes(step, float(metrics["grad_norm"])):
+                log.warning("%s", warning)
             if logged:
                 self._monitor.train(step, self._scalars(metrics), _layers(metrics))
+        if self._watchdog and self._pending:
+            self._watchdog.finished(self._pending[-1][0])
         self._pending.clear()
 
     def refuse_broken(self, step: int, params: Any) -> None:
         """Before a checkpoint: one with NaN or Inf must never take the place of a good one.
 
         Raises:
-          TrainingFailed: names the parameter and its layer.
+          NotFinite: names the parameter and its layer.
         """
         broken = self._check_finite.first(jax.device_get(self._finite_parts(params)))
         if broken is not None:
-            raise TrainingFailed(
+            raise NotFinite(
+                step,
                 f"step {step}: the update made parameters NaN or Inf, {broken} first; "
-                f"lower optimizer.learning_rate; {self._describe_checkpoint()}"
+                f"lower optimizer.learning_rate; {self._describe_checkpoint()}",
             )
 
     def _refuse_nan(self, step: int, metrics: dict[str, np.ndarray]) -> None:
@@ -92,8 +109,15 @@ class Reporter:
             where = f"the gradient of {bad_gradient} is not finite"
         else:
             where = f"grad_norm {float(metrics['grad_norm'])}, aux_loss {float(metrics['aux_loss'])}"
-        raise TrainingFailed(
-            f"step {step}: loss {float(metrics['loss'])}: {where}; {self._describe_checkpoint()}"
+        if metrics.get("skipped"):
+            self._skipped += 1
+            log.warning(
+                "step %d: loss %s: %s; the batch is skipped, the %d. one since the run began or went on",
+                *(step, float(metrics["loss"]), where, self._skipped),
+            )
+            return
+        raise NotFinite(
+            step, f"step {step}: loss {float(metrics['loss'])}: {where}; {self._describe_checkpoint()}"
         )
 
     def _scalars(self, metrics: dict[str, np.ndarray]) -> dict[str, float]:

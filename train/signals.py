@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -44,11 +45,24 @@ class StopTogether(Stop):
 
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Turn SIGINT and SIGTERM into a request that the loop honours after the step; a second one acts at once."""
-    if jax.process_count() > 1:
-        # jax has taken SIGTERM when the processes were joined; a terminal's SIGINT is left to `moejax launch`.
-        yield StopTogether()
+    """Turn SIGINT and SIGTERM into a request that the loop honours after the step; a second one acts at once.
+
+    SIGUSR1, which Slurm sends where it is told to (`--signal=USR1@120`), is as good as SIGTERM.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield StopTogether() if jax.process_count() > 1 else Stop()  # only the main thread may handle signals
         return
+    before = signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        # jax has taken SIGTERM when the processes were joined; a terminal's SIGINT is left to `moejax launch`.
+        with contextlib.nullcontext(StopTogether()) if jax.process_count() > 1 else _stop_alone() as stop:
+            yield stop
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+@contextmanager
+def _stop_alone() -> Iterator[Stop]:
     stop = Stop()
 
     def request(number: int, _: Any) -> None:
@@ -64,9 +78,6 @@ def stop_signals() -> Iterator[Stop]:
             "signal %d: a checkpoint is written after this step; the same again stops at once", number
         )
 
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may handle signals
-        return
     previous: dict[int, Any] = {
         number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)
     }

@@ -5,6 +5,7 @@ Shapes: B sequences of the global batch, S positions, A accumulation steps, L la
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -123,6 +124,7 @@ def make_train_step(
     routing = spec.config.model.moe.routing
     needs_batch_load = accumulation > 1 and spec.num_moe_layers > 0 and routing.balance_over == "batch"
     batch_load_of = make_batch_load(spec)
+    skips = spec.config.checkpoint.on_nan == "skip"
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         count = jnp.maximum(jnp.sum(batch["targets"] >= 0), 1).astype(jnp.float32)
@@ -161,7 +163,15 @@ def make_train_step(
             "finite_grads": check_finite(grads),
             **moe,
         }
-        return TrainState(state.step + 1, params, opt_state, state.key, idle_ME), metrics
+        new = TrainState(state.step + 1, params, opt_state, state.key, idle_ME)
+        if skips:
+            sums = jnp.stack([metrics[name] for name in ("loss", "aux_loss", "grad_norm")])
+            checks = (jnp.isfinite(sums), metrics["finite_layers"], metrics["finite_grads"])
+            is_finite = jnp.all(jnp.concatenate(checks))
+            old = dataclasses.replace(state, step=new.step)
+            new = jax.tree.map(lambda ours, theirs: jnp.where(is_finite, ours, theirs), new, old)
+            metrics["skipped"] = jnp.int32(~is_finite)
+        return new, metrics
 
     return step
 

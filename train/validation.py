@@ -92,6 +92,7 @@ RANGES: dict[str, Rule] = {
     "mesh.data": AXIS,
     "mesh.expert": WIDTH,
     "checkpoint.every": COUNT_OR_ZERO,
+    "checkpoint.every_minutes": NOT_NEGATIVE,
     "checkpoint.keep_last": COUNT,
     "checkpoint.keep_best": COUNT_OR_ZERO,
     "eval.every": COUNT_OR_ZERO,
@@ -100,6 +101,9 @@ RANGES: dict[str, Rule] = {
     "log.experts_every": COUNT_OR_ZERO,
     "log.dead_after": COUNT,
     "log.drop_limit": SHARE,
+    "log.spike_factor": NOT_NEGATIVE,
+    "log.stall_factor": NOT_NEGATIVE,
+    "log.stall_seconds": POSITIVE,
 }
 
 LOSSES = ("balance_weight", "balance_over", "z_weight", "importance_weight", "load_weight")

@@ -361,7 +361,7 @@ class TestProcesses:
     def test_error_of_the_background_surfaces_at_the_next_save(self, checkpoints, monkeypatch):
         save_all(checkpoints, 1)
 
-        def full(directory):
+        def full(directory, lines):
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patch:

@@ -89,10 +89,11 @@ def test_train_again_from_the_yaml_of_a_run(trained, run_directory):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("", "command = (nothing): must be one of train, eval, generate, report, launch, doctor"),
+        ("", "command = (nothing): must be one of train, eval, generate, report, export, launch, doctor"),
         (
             "trian quickstart",
-            "command = trian: must be one of train, eval, generate, report, launch, doctor; the nearest is train",
+            "command = trian: must be one of train, eval, generate, report, export, launch, doctor; "
+            "the nearest is train",
         ),
         ("train", "CONFIG = (nothing): must be given"),
         ("train quickstart more", "argument = more: one argument too many"),

@@ -18,9 +18,10 @@ from jax._src import array
 import moejax
 from tests import tolerance
 from tests.train import small
-from train import cli, reporter
+from train import cli, loop, reporter
 from train.config_io import find_config, load_config, save_config
 from train.data import load_corpus, load_tokenizer
+from train.errors import NotFinite
 from train.evaluate import IN_FLIGHT, Evaluation, evaluate, evaluate_run, restore_params
 from train.feed import device_batch
 from train.generate import generate_run, sample
@@ -123,6 +124,52 @@ def test_nan_ends_the_run_and_names_step_and_layer(run, capsys):
     assert sorted(path.name for path in (run.workdir / "checkpoints").iterdir()) == good
 
 
+def test_nan_rolls_back_to_the_checkpoint_and_leaves_its_batch_out(run, monkeypatch):
+    taken, raised, refuse = [], [], Reporter._refuse_nan
+
+    def take(batch, mesh):
+        taken.append(batch["index"].tolist())
+        return device_batch(batch, mesh)
+
+    def nan_at_step_8(self, step, metrics):
+        if step == 8 and not raised:
+            raised.append(step)
+            raise NotFinite(8, "step 8: loss nan")
+        refuse(self, step, metrics)
+
+    monkeypatch.setattr("train.loop.device_batch", take)
+    undisturbed = ("--steps", 16, "--checkpoint.every", 5)
+    assert run(*undisturbed) == 0
+    batches = taken[:]
+    taken.clear()
+    monkeypatch.setattr(Reporter, "_refuse_nan", nan_at_step_8)
+    monkeypatch.setattr(reporter, "MAX_AHEAD", 1)
+    run.workdir = run.workdir.with_name("rolled-back")
+    assert run("--steps", 12, "--checkpoint.every", 5, "--checkpoint.on_nan", "rollback") == 0
+    again = taken.index(batches[8], 8)  # the host was a step ahead of the report
+    assert taken[:again][:8] == batches[:8] and taken[again:][-7:] == batches[8:15], "on with the ninth batch"
+    assert steps_of(small.read_metrics(run.workdir)) == list(range(1, 13))
+    log = (run.workdir / "log.txt").read_text()
+    assert "step 8 gave NaN: back to step 5, and on with the batch after the bad one" in log
+
+
+def test_nan_rolls_back_ten_times_at_most(run, capsys, monkeypatch):
+    monkeypatch.setattr(loop, "MAX_ROLLBACKS", 1)
+    options = ("--optimizer.learning_rate", 1e38, "--optimizer.warmup_steps", 0)
+    assert run("--steps", 6, "--checkpoint.on_nan", "rollback", *options) == 3
+    assert "back to step 0" in (run.workdir / "log.txt").read_text()
+
+
+def test_the_clock_makes_checkpoints_too(run):
+    minutes = 1e-6
+    assert (
+        run("--steps", 6, "--checkpoint.every", 0, "--log.every", 2, "--checkpoint.every_minutes", minutes)
+        == 0
+    )
+    assert "checkpoint of step 2: written in" in (run.workdir / "log.txt").read_text()
+    assert "checkpoint of step 3: written in" not in (run.workdir / "log.txt").read_text()
+
+
 def test_nan_ends_a_run_that_logs_rarely_within_few_steps(run, capsys, monkeypatch):
     monkeypatch.setattr(reporter, "MAX_AHEAD", 3)
     taken, add = [], Reporter.add
@@ -141,7 +188,7 @@ def test_nan_ends_a_run_that_logs_rarely_within_few_steps(run, capsys, monkeypat
 def test_a_full_disk_ends_the_run_with_the_last_checkpoint_intact(run, capsys, monkeypatch):
     assert run("--steps", 5) == 0
 
-    def full(_):
+    def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("train.checkpoint.write_manifest", full)

@@ -1,20 +1,20 @@
 """One run in several processes: where they stand, that they agree, and that the numbers are those of one process."""
 
-import dataclasses
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
 from tests import tolerance
-from tests.train import small
+from tests.train import launching, small
+from tests.train.launching import children, is_gone, run, start, wait_for_step
 from train import processes
+from train.config import MeshConfig
 from train.errors import ConfigError
-from train.processes import Place, find_place, scheduler
+from train.integrity import find_fault, writer_of
+from train.place import Place, find_place, gpu_of, open_mpi_place, slurm_place
 
 
 @pytest.mark.parametrize(
@@ -24,14 +24,23 @@ from train.processes import Place, find_place, scheduler
         (
             {},
             {"MOEJAX_COORDINATOR": "h:1", "MOEJAX_PROCESSES": "2", "MOEJAX_PROCESS_ID": "1"},
-            Place("h:1", 2, 1),
+            Place("h:1", 2, 1, listens_on="h:1"),
         ),
         (
             {"process_id": "0"},
             {"MOEJAX_COORDINATOR": "h:1", "MOEJAX_PROCESSES": "2", "MOEJAX_PROCESS_ID": "1"},
-            Place("h:1", 2, 0),
+            Place("h:1", 2, 0, listens_on="h:1"),
         ),
-        ({"coordinator": "[::1]:80", "processes": "3", "process_id": "2"}, {}, Place("[::1]:80", 3, 2)),
+        (
+            {"coordinator": "[::1]:80", "processes": "3", "process_id": "2"},
+            {},
+            Place("[::1]:80", 3, 2, listens_on="[::1]:80"),
+        ),
+        (
+            {"coordinator": "h:1", "processes": "4", "process_id": "3"},
+            {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
+            Place("h:1", 4, 3, 2, 1, "h:1"),
+        ),
     ],
 )
 def test_a_place_is_found(options, environment, place):
@@ -58,20 +67,67 @@ def test_a_bad_place_is_refused(options, message):
         find_place(options, {})
 
 
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_ID": "0",
+    "SLURM_NTASKS": "5",
+    "SLURM_PROCID": "4",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "2",
+    "SLURM_STEP_NODELIST": "gpu[003-004,9],other",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}
+
+
 @pytest.mark.parametrize(
-    ("environment", "name"),
+    ("find", "environment", "place"),
     [
-        ({}, None),
-        ({"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}, "Slurm"),
-        ({"SLURM_NTASKS": "4"}, None),  # the shell of an allocation
-        ({"SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"}, None),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),
-        ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
-        ({"JOBSET_NAME": "train"}, "Kubernetes"),
+        (slurm_place, {}, None),
+        (slurm_place, SLURM, Place("gpu003:61447", 5, 4, 1, 0)),
+        (slurm_place, SLURM | {"SLURM_STEP_NODELIST": "n1,n2"}, Place("n1:61447", 5, 4, 1, 0)),
+        (slurm_place, SLURM | {"SLURM_STEP_ID": "1", "SLURM_NODEID": "1"}, Place("gpu003:61508", 5, 4, 2, 0)),
+        (slurm_place, {"SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}, None),  # the shell of an allocation
+        (slurm_place, SLURM | {"SLURM_NTASKS": "1"}, None),
+        (open_mpi_place, {}, None),
+        (open_mpi_place, OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1"}, None),
+        (
+            open_mpi_place,
+            OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": "20480.0;tcp://10.0.0.1,10.1.0.1:35851;tcp6://[fd00::2]:1"},
+            Place("10.0.0.1:61445", 2, 1, 2, 1),
+        ),
+        (
+            open_mpi_place,
+            OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": "20480.0;tcp6://[fd00::2,fd00::3]:51673"},
+            Place("[fd00::2]:61445", 2, 1, 2, 1),
+        ),
+        (
+            open_mpi_place,
+            OPEN_MPI | {"PMIX_NAMESPACE": "prterun-node-7-4097@1"},
+            Place("node-7:61441", 2, 1, 2, 1),
+        ),
     ],
 )
-def test_schedulers_are_recognised(environment, name):
-    assert scheduler(environment) == name
+def test_schedulers_say_where_a_process_stands(find, environment, place):
+    assert find(environment) == place
+
+
+def test_an_open_mpi_that_does_not_say_where_process_0_is_is_refused():
+    with pytest.raises(ConfigError, match=r"^--coordinator = .*does not say where process 0 is"):
+        open_mpi_place(OPEN_MPI)
+
+
+def test_the_gpu_of_a_process():
+    alone, second = slurm_place(SLURM), open_mpi_place(OPEN_MPI | {"PMIX_NAMESPACE": "prterun-n-1@1"})
+    assert gpu_of(alone, {"CUDA_VISIBLE_DEVICES": "0,1"}) is None, "all GPUs of its node"
+    assert gpu_of(second, {"CUDA_VISIBLE_DEVICES": "0,1"}) == gpu_of(second, {}) == 1
+    with pytest.raises(ConfigError, match=r"^CUDA_VISIBLE_DEVICES = 0: process 1 .*never --gpus-per-task"):
+        gpu_of(second, {"CUDA_VISIBLE_DEVICES": "0"})
 
 
 def test_a_coordinator_out_of_reach_is_named(monkeypatch):
@@ -84,67 +140,11 @@ def test_a_coordinator_out_of_reach_is_named(monkeypatch):
 
 @pytest.fixture
 def config(tmp_path):
-    base = small.config()
-    text = small.write_text(tmp_path / "text.txt")
-    data = dataclasses.replace(base.data, path=str(text))
-    mesh = dataclasses.replace(base.mesh, expert=4)
-    return small.write_config(tmp_path / "small.py", dataclasses.replace(base, data=data, mesh=mesh))
-
-
-def start(*words):
-    return subprocess.Popen(
-        [sys.executable, "-m", "train", *map(str, words)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ,
-    )
-
-
-def run(*words, code=0):
-    process = start(*words)
-    output = process.communicate(timeout=240)[0]
-    assert process.returncode == code, output
-    return output
+    return launching.write_config(tmp_path, mesh=MeshConfig(expert=4))
 
 
 def launched(config, workdir, *options):
-    return (
-        "launch",
-        "--processes",
-        2,
-        "--devices-per-process",
-        2,
-        "train",
-        config,
-        "--workdir",
-        workdir,
-        *options,
-    )
-
-
-def wait_for_step(workdir, step, process):
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        path = workdir / "metrics.jsonl"
-        if path.exists() and f'"step": {step},' in path.read_text():
-            return
-        time.sleep(0.01)
-    process.kill()
-    raise AssertionError(f"step {step} was never reached: {process.communicate()[0]}")
-
-
-def children(process):
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
-    return [int(pid) for pid in found.stdout.split()]
-
-
-def is_gone(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    return False
+    return launching.launched(2, 2, config, workdir, *options)
 
 
 OPTIONS = ("--steps", 24, "--eval.every", 12)
@@ -211,3 +211,109 @@ def test_processes_with_different_configs_refuse_to_begin(config, tmp_path):
         r"^error: CONFIG = .*must be the same in every process, but that of process 1", output, re.M
     )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def in_one_process(tmp_path_factory):
+    """Folder, config, and the metrics of 50 steps on one device."""
+    folder = tmp_path_factory.mktemp("layouts")
+    config = launching.write_config(folder)
+    run("train", config, "--workdir", folder / "one", "--cpu-devices", 1, "--steps", 50)
+    return folder, config, small.read_metrics(folder / "one")
+
+
+# A further mesh axis is one more row.
+MESHES = [("--mesh.expert", 1), ("--mesh.expert", 2), ("--mesh.expert", 4)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: " ".join(map(str, mesh)))
+@pytest.mark.parametrize(("count", "devices"), [(1, 4), (2, 2), (4, 1)])
+def test_the_loss_does_not_depend_on_processes_and_axes(in_one_process, count, devices, mesh):
+    folder, config, one = in_one_process
+    workdir = folder / f"{count} {devices} {mesh}"
+    run(*launching.launched(count, devices, config, workdir, "--steps", 50, "--checkpoint.every", 0, *mesh))
+    for expected, actual in zip(one, small.read_metrics(workdir), strict=True):
+        for name in {"loss", "eval/loss"} & set(expected):
+            tolerance.assert_close(
+                actual[name], expected[name], tolerance.F32_MODEL, f"{name}, {expected['step']}"
+            )
+
+
+@pytest.mark.slow
+def test_every_process_writes_and_hashes_its_own_part_of_a_checkpoint(config, tmp_path):
+    run(*launched(config, tmp_path / "run", "--steps", 1, "--model.moe.d_hidden", 512))
+    directory = tmp_path / "run" / "checkpoints" / "1"
+    parts = {number: 0 for number in range(2)}
+    for line in (directory / "manifest.sha256").read_text().splitlines():
+        path = directory / line[66:]
+        if path.parent.name == "d":
+            parts[writer_of(line[66:])] += path.stat().st_size
+    # Nearly all of this model is experts, which lie half on one process, half on the other.
+    assert 0.9 < parts[0] / parts[1] < 1.3
+    assert find_fault(directory) is None
+
+
+STALLED = """
+import os, time
+from train.data import batches
+
+take = batches.TrainingBatches.__next__
+
+def stall(self):
+    batch = take(self)
+    if os.environ.get("MOEJAX_PROCESS_ID") == "1" and self.get_state()["next_batch"] == 9:
+        BREAK
+    return batch
+
+batches.TrainingBatches.__next__ = stall
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_does_not_arrive_is_named_and_all_end(config, tmp_path):
+    config.write_text(STALLED.replace("BREAK", "time.sleep(600)") + config.read_text())
+    options = ("--log.stall_factor", 3, "--log.stall_seconds", 15)
+    process = start(*launched(config, tmp_path / "run", *OPTIONS, *options))
+    wait_for_step(tmp_path / "run", 7, process)
+    workers = children(process)
+    output = process.communicate(timeout=90)[0]
+    assert process.returncode == 3, output
+    assert re.search(r"step \d+ has not ended after \d+ s: others have begun step 9, process 1 is at", output)
+    assert all(is_gone(pid) for pid in workers)
+    stacks = [(tmp_path / "run" / "logs" / f"stacks-{number}.txt").read_text() for number in range(2)]
+    assert "in stall" in stacks[1] and "in stall" not in stacks[0]
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_alone_takes_the_others_with_it(config, tmp_path):
+    config.write_text(STALLED.replace("BREAK", "raise OSError('the disk is gone')") + config.read_text())
+    process = start(*launched(config, tmp_path / "run", *OPTIONS))
+    wait_for_step(tmp_path / "run", 7, process)
+    workers, began = children(process), time.monotonic()
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 3 and "the disk is gone" in output, output
+    assert all(is_gone(pid) for pid in workers) and time.monotonic() - began < 60
+
+
+@pytest.mark.slow
+def test_nobody_is_left_behind_when_the_launcher_is_killed(config, tmp_path):
+    process = start(*launched(config, tmp_path / "run", "--steps", 100_000, "--checkpoint.every", 0))
+    wait_for_step(tmp_path / "run", 7, process)
+    workers = children(process)
+    process.kill()
+    process.communicate(timeout=60)  # until nobody holds its output any more
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not all(is_gone(pid) for pid in workers):
+        time.sleep(0.1)
+    assert len(workers) == 2 and all(is_gone(pid) for pid in workers)
+    assert any((tmp_path / "run" / "checkpoints").iterdir()), "stopped in order"
+
+
+@pytest.mark.slow
+@pytest.mark.repo
+def test_killed_again_and_again_it_goes_on_to_the_same_bits(tmp_path):
+    from benchmarks import kills
+
+    done = kills.main(6, str(tmp_path), steps=150)
+    assert sum(count for what, count in done.items() if what.startswith("killed: ")) == 6

@@ -1,6 +1,7 @@
 """The optimizer step: the same on every layout, split into parts or not, and free of host traffic."""
 
 import dataclasses
+import logging
 import re
 import types
 
@@ -16,9 +17,10 @@ from moejax.cost import peak_flops
 from tests import tolerance
 from tests.moejax import oracle
 from tests.train import small
-from train.config import LogConfig, ModelConfig, MoEConfig, OptimizerConfig
+from train.config import CheckpointConfig, LogConfig, ModelConfig, MoEConfig, OptimizerConfig
 from train.errors import TrainingFailed
 from train.model import ModelSpec
+from train.monitor import Bystander
 from train.program import _compiler_options
 from train.reporter import Reporter
 from train.step import make_loss
@@ -213,6 +215,25 @@ def test_a_nan_is_traced_to_its_layer(place, value, message):
     reporter.add(7, trainer.take(small.random_batch(small.config(), 0)), logged=False)
     with pytest.raises(TrainingFailed, match=f"step 7: .*{message}"):
         reporter.flush()
+
+
+def test_a_batch_that_gives_nan_is_skipped_and_counted(caplog):
+    run = small.config(checkpoint=CheckpointConfig(on_nan="skip"))
+    trainer, batch = small.Steps(run), small.random_batch(run, 0)
+    reporter = Reporter(Bystander(), trainer.spec, trainer.mesh, lambda: "there is no checkpoint yet")
+    reporter.add(1, trainer.take(batch), logged=False)
+    good = jax.device_get(trainer.state)
+    params = good.params | {"embedding": good.params["embedding"] * np.nan}
+    spoiled_state = dataclasses.replace(good, params=params)
+    trainer.state = jax.device_put(spoiled_state)
+    reporter.add(2, trainer.take(batch), logged=False)
+    with caplog.at_level(logging.WARNING, "moejax"):
+        reporter.flush()
+    (warning,) = caplog.messages
+    assert warning.startswith("step 2: loss nan: ") and "the batch is skipped, the 1. one" in warning
+    left = jax.device_get(trainer.state)
+    assert left.step == 2
+    jax.tree.map(np.testing.assert_array_equal, dataclasses.replace(left, step=good.step), spoiled_state)
 
 
 def test_parameters_that_an_update_broke_are_named_with_their_layer():

@@ -139,6 +139,28 @@ def test_rows_of_processes_make_up_the_global_batch(open_batches):
     assert parts[0].get_state() == whole.get_state()
 
 
+def test_after_a_change_of_layout_no_window_is_seen_twice_or_missed(open_batches):
+    corpus = corpus_of(DOCUMENTS)
+    alone = open_batches(corpus)
+    expected = [
+        next(alone)["index"].tolist() for _ in range(22)
+    ]  # 22 batches of 4 are four epochs of 22 windows
+    seen, state = [], None
+    # One process, then two, then four, then two again: the same state for all of a layout.
+    for processes, steps in ((1, 3), (2, 5), (4, 6), (2, 8)):
+        share = 4 // processes
+        parts = [open_batches(corpus, rows=slice(begin, begin + share)) for begin in range(0, 4, share)]
+        for part in parts:
+            part.set_state(state or part.get_state())
+        for _ in range(steps):
+            seen.append([window for part in parts for window in next(part)["index"].tolist()])
+        states = [part.get_state() for part in parts]
+        assert states == states[:1] * processes
+        state = json.loads(json.dumps(states[0]))
+    assert seen == expected
+    assert sorted(window for batch in seen for window in batch) == list(range(4 * 22))
+
+
 def test_seed_decides_the_order(open_batches):
     corpus = corpus_of(DOCUMENTS)
     indices = [

@@ -1,0 +1,221 @@
+"""Is any work lost, or any bit changed, when processes of a run are killed at random moments?
+
+    python -m benchmarks.kills [KILLS [FOLDER [SEED]]]
+
+One run in two processes, killed again and again with SIGKILL: one process or all, at a random moment or in the midst of
+a checkpoint, and now and then with the newest checkpoint truncated or one of its bits flipped. Every time the same
+command must go on from the newest complete and undamaged checkpoint, and every line of `metrics.jsonl` must be that of
+an undisturbed run, to the last bit. A checkpoint is complete some steps after its own, for it is written in the
+background: a kill costs at most the interval and the steps of one write, which is never longer than an interval.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+STEPS, INTERVAL = 240, 5
+MEASUREMENTS = ("tokens_per_second", "step_seconds", "mfu", "memory_bytes")
+RUN = {
+    "data.tokenizer": "char",
+    "data.batch_size": 4,
+    "data.sequence_length": 16,
+    "model.num_layers": 2,
+    "model.d_model": 16,
+    "model.num_heads": 2,
+    "model.moe.num_experts": 4,
+    "model.moe.d_hidden": 8,
+    "mesh.expert": 2,
+    "checkpoint.every": INTERVAL,
+    "checkpoint.keep_last": 3,
+    "eval.every": 0,
+    "log.every": 1,
+    "log.tensorboard": "False",
+}
+
+
+def main(kills: int = 50, folder: str | None = None, seed: int = 1, steps: int = STEPS) -> dict[str, int]:
+    with contextlib.ExitStack() as stack:
+        place = pathlib.Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "text.txt").write_text(
+            " ".join(random.Random(0).choices("to be or not that is the question".split(), k=4000))
+        )
+        finish(command(place, "undisturbed", steps))
+        expected = lines(place / "undisturbed")
+        assert len(expected) >= steps
+        victim = Victim(
+            command(place, "disturbed", steps), place / "disturbed", expected, random.Random(seed)
+        )
+        while victim.kills < kills:
+            print(victim.one_kill(), flush=True)
+        finish(victim.command)
+        assert lines(victim.workdir) == expected, "the metrics differ"
+        print(f"{kills} kills, {dict(victim.count)}; {len(expected)} lines of metrics bitwise equal")
+        return dict(victim.count)
+
+
+class Victim:
+    """A run that is killed and started again."""
+
+    def __init__(self, words: list[str], workdir: pathlib.Path, expected: list[str], draw: random.Random):
+        self.command, self.workdir = words, workdir
+        self.expected, self.draw = expected, draw
+        self.count: collections.Counter[str] = collections.Counter()
+        self.kills = 0
+        self.sound = 0  # the newest checkpoint that must be found
+        self.damaged: set[str] = set()
+
+    def one_kill(self) -> str:
+        """Start the run, look where it goes on, kill it; what was done, in words."""
+        log = self.workdir / "log.txt"
+        before = log.stat().st_size if log.exists() else 0
+        process = subprocess.Popen(
+            self.command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        wait(
+            process, lambda: "going on" in tail(log, before) or (not before and len(lines(self.workdir)) > 0)
+        )
+        went_on = re.search(r"going on after step (\d+)", tail(log, before))
+        begun_at = int(went_on[1]) if went_on else 0
+        assert begun_at == self.sound, f"went on from {begun_at}, not {self.sound}"
+        moment = self.draw.choice(["start", "step", "step", "write", "write"])
+        if moment != "start":  # programs are compiled first
+            wait(process, lambda: len(lines(self.workdir)) > begun_at)
+        if moment == "write":
+            pending = self.workdir / "checkpoints"
+            wait(process, lambda: any(pending.glob(".pending-*")))
+            time.sleep(self.draw.uniform(0, 0.3))
+        else:
+            time.sleep(self.draw.uniform(0, 3))
+        who = self.draw.choice(["process 0", "process 1", "all", "all"])
+        self.kill(process, who)
+        now = lines(self.workdir)
+        assert now == self.expected[: len(now)], "the metrics differ"
+        if process.returncode == 0:  # it was faster than the kill: the next run begins at step 0
+            assert now == self.expected, "lines are missing"
+            shutil.rmtree(self.workdir)
+            self.sound = 0
+            self.damaged.clear()
+            return f"on from {begun_at}, done at {len(now)}"
+        self.kills += 1
+        complete = self.complete()
+        self.sound = max(complete, default=0)
+        lost = len(now) - self.sound
+        assert lost <= 2 * INTERVAL, f"{lost} steps lost"
+        self.count["lost more than the interval, while one was being written"] += lost > INTERVAL
+        self.count["most steps lost"] = max(self.count["most steps lost"], lost)
+        harm = self.draw.choice(["none", "none", "truncated", "flipped"])
+        if harm != "none" and len(complete) > 1:
+            self.damage(complete.pop(), harm)
+            self.sound = max(complete)
+        else:
+            harm = "none"
+        for what in (f"during: {moment}", f"killed: {who}", f"newest checkpoint: {harm}"):
+            self.count[what] += 1
+        return f"{self.kills:3}: on from {begun_at}, killed {who} at {len(now)} ({moment}), newest checkpoint: {harm}"
+
+    def kill(self, process: subprocess.Popen[bytes], who: str) -> None:
+        """SIGKILL to one process of the run, or to all and the launcher; none may be left afterwards."""
+        workers = children(process.pid)
+        if process.poll() is None and len(workers) == 2:
+            chosen = {"process 0": workers[:1], "process 1": workers[1:], "all": [process.pid, *workers]}[who]
+            for pid in chosen:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        began = time.monotonic()
+        code = process.wait(timeout=90)
+        wait(None, lambda: not any(is_alive(pid) for pid in workers), 60)
+        self.count["longest seconds until all had ended"] = max(
+            self.count["longest seconds until all had ended"], round(time.monotonic() - began)
+        )
+        assert code in (0, 3, -signal.SIGKILL), f"the launcher ended with {code}"
+
+    def complete(self) -> list[int]:
+        """Steps of the complete checkpoints without damage; one that was damaged counts again once it is replaced."""
+        paths = (self.workdir / "checkpoints").glob("[0-9]*")
+        return sorted(int(path.name) for path in paths if identity(path) not in self.damaged)
+
+    def damage(self, step: int, harm: str) -> None:
+        """Truncate a file of this checkpoint or flip one bit of it."""
+        files = [path for path in (self.workdir / "checkpoints" / str(step)).rglob("*") if path.is_file()]
+        path = self.draw.choice(sorted(path for path in files if path.stat().st_size))
+        content = bytearray(path.read_bytes())
+        if harm == "truncated":
+            del content[len(content) // 2 :]
+        else:
+            content[self.draw.randrange(len(content))] ^= 1 << self.draw.randrange(8)
+        path.write_bytes(content)
+        self.damaged.add(identity(path.parents[len(path.parts) - len(self.workdir.parts) - 3]))
+
+
+def command(place: pathlib.Path, name: str, steps: int) -> list[str]:
+    options = {"data.path": place / "text.txt", "workdir": place / name, "steps": steps, **RUN}
+    words = [word for field, value in options.items() for word in (f"--{field}", str(value))]
+    launch = ["launch", "--processes", "2", "--devices-per-process", "1"]
+    return [sys.executable, "-m", "train", *launch, "train", "quickstart", *words]
+
+
+def finish(words: list[str]) -> None:
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def lines(workdir: pathlib.Path) -> list[str]:
+    """The whole lines of the metrics, without what is measured."""
+    path = workdir / "metrics.jsonl"
+    whole = path.read_text().split("\n")[:-1] if path.exists() else []
+    records = [json.loads(line) for line in whole]
+    return [
+        json.dumps({name: value for name, value in record.items() if name not in MEASUREMENTS})
+        for record in records
+    ]
+
+
+def identity(checkpoint: pathlib.Path) -> str:
+    return f"{checkpoint.name} {checkpoint.stat().st_ino}"
+
+
+def tail(path: pathlib.Path, offset: int) -> str:
+    return path.read_bytes()[offset:].decode() if path.exists() else ""
+
+
+def wait(process: subprocess.Popen[bytes] | None, condition, seconds: float = 180) -> None:
+    """Until the condition holds or the process has ended."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if process is not None and process.poll() is not None:
+            return
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.01)
+
+
+def children(pid: int) -> list[int]:
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
+    return sorted(int(word) for word in found.stdout.split())
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+if __name__ == "__main__":
+    main(
+        int(sys.argv[1]) if len(sys.argv) > 1 else 50,
+        sys.argv[2] if len(sys.argv) > 2 else None,
+        int(sys.argv[3]) if len(sys.argv) > 3 else 1,
+    )

@@ -1,0 +1,68 @@
+"""Runs in processes of their own, for tests: started, waited for, looked at."""
+
+import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+from tests.train import small
+
+COMMAND = (sys.executable, "-m", "train")
+
+
+def write_config(folder, **fields):
+    """The small run on a text of its own, as a config file."""
+    base = small.config()
+    data = dataclasses.replace(base.data, path=str(small.write_text(folder / "text.txt")))
+    return small.write_config(folder / "small.py", dataclasses.replace(base, data=data, **fields))
+
+
+def start(*words, command=COMMAND, env=None):
+    return subprocess.Popen(
+        [*command, *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | (env or {}),
+    )
+
+
+def run(*words, code=0, command=COMMAND, env=None, timeout=240):
+    """The output of a command that must end with this code."""
+    process = start(*words, command=command, env=env)
+    output = process.communicate(timeout=timeout)[0]
+    assert process.returncode == code, output
+    return output
+
+
+def launched(processes, devices, config, workdir, *options):
+    """The words of a run in so many processes of so many devices."""
+    how = ("launch", "--processes", processes, "--devices-per-process", devices)
+    return (*how, "train", config, "--workdir", workdir, *options)
+
+
+def wait_for_step(workdir, step, process):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        path = workdir / "metrics.jsonl"
+        if path.exists() and f'"step": {step},' in path.read_text():
+            return
+        time.sleep(0.01)
+    process.kill()
+    raise AssertionError(f"step {step} was never reached: {process.communicate()[0]}")
+
+
+def children(process):
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    return sorted(int(pid) for pid in found.stdout.split())
+
+
+def is_gone(pid):
+    """Whether a process has ended, even if nobody has asked how."""
+    try:
+        state = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return state == "Z"

@@ -1,0 +1,94 @@
+"""A step that never ends is ended, and who is behind is named; a slow one is not."""
+
+import re
+import threading
+
+import pytest
+
+from train import watchdog
+from train.watchdog import Watchdog, behind
+
+
+class Clock:
+    """Time that passes only when told."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    made = Clock()
+    monkeypatch.setattr(watchdog, "time", made)
+    return made
+
+
+def timed(dog, clock, *seconds):
+    """Steps that take so long, each fetched when it is done."""
+    dog.finished(0)
+    for step, duration in enumerate(seconds, 1):
+        dog.begun(step)
+        clock.now += duration
+        dog.finished(step)
+
+
+def test_the_limit_follows_the_median_and_the_steps_begun(tmp_path, clock):
+    dog = Watchdog(tmp_path, factor=10, seconds=5)
+    assert dog.limit() is None, "the first step compiles"
+    timed(dog, clock, 60, 1, 2, 1, 1)
+    assert dog.limit() == 10
+    dog.begun(9)  # the host runs ahead: four steps are under way
+    assert dog.limit() == 40
+    timed(dog, clock, *[0.1] * 50)
+    assert dog.limit() == 5, "never less than what is never too long"
+
+
+def test_pauses_do_not_count(tmp_path, clock):
+    dog = Watchdog(tmp_path, factor=10, seconds=5)
+    timed(dog, clock, 1, 1, 1)
+    with dog.paused():
+        clock.now += 1000
+    dog.begun(4)
+    clock.now += 2
+    dog.finished(4)
+    assert list(dog._times) == [1, 1, 1, 2]
+
+
+def test_a_step_that_never_ends(tmp_path, capfd):
+    ended = threading.Event()
+    codes = []
+
+    def end(code):
+        codes.append(code)
+        ended.set()
+
+    with Watchdog(tmp_path, factor=2, seconds=0.2, end=end) as dog:
+        dog.finished(0)
+        for step in (1, 2, 3):
+            dog.finished(step)
+        assert ended.wait(30)
+    assert codes == [3]
+    assert re.search(
+        r"^error: step 4 has not ended after \d+ s; all stacks are in", capfd.readouterr().err, re.M
+    )
+    assert "test_a_step_that_never_ends" in (tmp_path / "logs" / "stacks-0.txt").read_text()
+
+
+def test_nothing_is_watched_when_it_is_switched_off(tmp_path):
+    with Watchdog(tmp_path, factor=0, seconds=0.01) as dog:
+        assert not dog._thread.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("standing", "text"),
+    [
+        ({0: 7, 1: 7}, ", which all have begun"),
+        ({0: 9, 1: 7}, ": others have begun step 9, process 1 is at step 7"),
+        ({0: 9}, ": others have begun step 9, process 1 gives no sign"),
+    ],
+)
+def test_who_is_behind(standing, text):
+    assert behind(standing, 2) == text

@@ -1,0 +1,37 @@
+"""Warnings when the gradient's norm jumps far above what it was."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+
+WINDOW = 100
+"""Steps of which the median is taken."""
+NEEDED = 20
+"""Steps before which nothing is unusual."""
+
+
+class SpikeWatch:
+    """Looks at the gradient norm of each step; a process that goes on from a checkpoint begins with an empty window.
+
+    Args:
+      factor: how many times the median is a spike; 0: nothing is.
+    """
+
+    def __init__(self, factor: float):
+        self._factor = factor
+        self._recent: deque[float] = deque(maxlen=WINDOW)
+
+    def __call__(self, step: int, grad_norm: float) -> str | None:
+        """The warning of one step, if there is one."""
+        typical = statistics.median(self._recent) if len(self._recent) >= NEEDED else math.inf
+        if math.isfinite(grad_norm):
+            self._recent.append(grad_norm)
+        if self._factor == 0 or not grad_norm > self._factor * typical:
+            return None
+        return (
+            f"step {step}: gradient norm {grad_norm:.3g}, {grad_norm / typical:.0f} times the median of the last "
+            f"{len(self._recent) - 1} steps; it was clipped to optimizer.clip_norm; if the loss follows, lower "
+            "optimizer.learning_rate"
+        )

@@ -1,0 +1,149 @@
+"""A step that never ends: every process says where it stands, those that did not arrive are named, all end.
+
+The scheduler, or the user, runs the same command again, which goes on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+
+import jax
+
+from train import processes
+from train.errors import TrainingFailed
+
+KEPT = 64
+"""Step times of which the median is taken."""
+NEEDED = 3
+"""Step times without which nothing counts as too long."""
+POLL_SECONDS = 1.0
+MEETING_SECONDS = 5.0
+"""How long a process that gives up waits for the others to say where they stand."""
+
+_TOPIC = "standing"
+
+
+class Watchdog:
+    """A thread in each process that ends it when the steps stop coming.
+
+    The loop tells it which steps it has begun and which ones the device has finished. The device is late when the
+    steps that it has begun take longer than `factor` times the median, and longer than `seconds`.
+
+    Args:
+      workdir: the stacks go to `logs/stacks-<process>.txt` there, and to the process's own output.
+      factor: how many times the median of a step is too long; 0: nothing is watched.
+      seconds: what is never too long.
+      end: is given the exit code; replaced in tests.
+    """
+
+    def __init__(
+        self, workdir: Path, *, factor: float, seconds: float, end: Callable[[int], None] = os._exit
+    ):
+        self._path = workdir / "logs" / f"stacks-{jax.process_index()}.txt"
+        self._factor, self._floor, self._end = factor, seconds, end
+        self._times: deque[float] = deque(maxlen=KEPT)
+        self._begun, self._finished = 0, 0
+        self._finished_at: float | None = None
+        self._pauses = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        """Begin to watch."""
+        if self._factor > 0:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        """Watch no longer."""
+        self._stop.set()
+
+    def begun(self, step: int) -> None:
+        """The host has handed a step to the device."""
+        self._begun = step
+
+    def finished(self, step: int) -> None:
+        """The device has finished all steps up to this one."""
+        now = time.monotonic()
+        if self._finished_at is not None and step > self._finished:
+            self._times.append((now - self._finished_at) / (step - self._finished))
+        self._finished, self._finished_at = step, now
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out a block that is no step: an evaluation, a checkpoint."""
+        self._pauses += 1
+        try:
+            yield
+        finally:
+            self._pauses -= 1
+            self._finished_at = time.monotonic()
+
+    def limit(self) -> float | None:
+        """Seconds that the steps begun so far may take; None before enough steps have been timed."""
+        if len(self._times) < NEEDED:
+            return None
+        open_steps = max(1, self._begun - self._finished)
+        return max(self._floor, self._factor * statistics.median(self._times) * open_steps)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(min(POLL_SECONDS, self._floor / 4)):
+            limit, since = self.limit(), self._finished_at
+            if limit is None or since is None or self._pauses:
+                continue
+            waited = time.monotonic() - since
+            if waited > limit:
+                self._give_up(waited)
+                return
+
+    def _give_up(self, waited: float) -> None:
+        """Dump the stacks of this process, name those that are behind, end."""
+        self._path.parent.mkdir(exist_ok=True)
+        with contextlib.suppress(OSError), self._path.open("w") as file:
+            faulthandler.dump_traceback(file)
+        with contextlib.suppress(OSError, ValueError):  # no real file, as under a notebook
+            faulthandler.dump_traceback(sys.stderr)
+        print(
+            f"error: step {self._finished + 1} has not ended after {waited:.0f} s"
+            f"{self._who_is_behind()}; all stacks are in {self._path.parent}; the last checkpoint is intact, the same "
+            "command goes on from it",
+            file=sys.stderr,
+            flush=True,
+        )
+        if jax.process_count() > 1 and processes.is_first():
+            time.sleep(MEETING_SECONDS)  # the others still need the coordinator, which lives here
+        self._end(TrainingFailed.exit_code)
+
+    def _who_is_behind(self) -> str:
+        if jax.process_count() == 1:
+            return ""
+        processes.put(_TOPIC, str(self._begun))
+        # The median of the others may differ a little from ours.
+        deadline = time.monotonic() + MEETING_SECONDS
+        standing: dict[int, str] = {}
+        while time.monotonic() < deadline and len(standing) < jax.process_count():
+            time.sleep(0.2)
+            standing = processes.look(_TOPIC)
+        return behind({number: int(step) for number, step in standing.items()}, jax.process_count())
+
+
+def behind(standing: dict[int, int], count: int) -> str:
+    """Which processes have not begun the newest step, in words; `standing` is the step that each one has begun."""
+    newest = max(standing.values())
+    late = [
+        f"process {number} is at step {step}" for number, step in sorted(standing.items()) if step < newest
+    ]
+    late += [f"process {number} gives no sign" for number in range(count) if number not in standing]
+    return f": others have begun step {newest}, {', '.join(late[:8])}" if late else ", which all have begun"
