@@ -5,7 +5,7 @@ Shapes: T tokens (on one device inside `_local`), D model width, E experts, K ex
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,7 @@ from moejax.losses import (
 from moejax.mesh import EXPERT, ambient_mesh, make_varying, over_tokens, token_axes
 from moejax.routing import Router, Routing, make_router
 from moejax.routing.check import check_routing
-from moejax.statistics import RouterStats, router_stats
+from moejax.statistics import Choices, RouterStats, look_at_choices, router_stats
 
 BALANCE_OVER = ("batch", "micro_batch", "sequence")
 
@@ -48,6 +48,7 @@ class MoEStats:
       dropped: valid choices that no expert carried out, i32.
       rounds: times the layer ran until every choice was carried out, i32.
       router: what the router did.
+      choices: more of them, where the layer was asked to `observe` them; the field that is not the same on all devices.
     """
 
     aux_loss: jax.Array
@@ -58,6 +59,7 @@ class MoEStats:
     dropped: jax.Array
     rounds: jax.Array
     router: RouterStats
+    choices: Choices | None = None
 
 
 class MoE(nnx.Module):
@@ -158,6 +160,7 @@ class MoE(nnx.Module):
         token_ids: jax.Array | None = None,
         key: jax.Array | None = None,
         batch_load: BatchLoad | None = None,
+        observe: bool = False,
     ) -> tuple[jax.Array, MoEStats]:
         """Apply the layer to [..., D].
 
@@ -166,6 +169,7 @@ class MoE(nnx.Module):
           token_ids: [...] i32, for routers that look at the token itself.
           key: random key; means training to the routers, see `Router`.
           batch_load: of the whole batch when x is a part of it; for the balance loss and the z-loss.
+          observe: fill `stats.choices`.
         """
         mesh = ambient_mesh()
         size = mesh.shape[EXPERT] if EXPERT in mesh.axis_names else 1
@@ -177,23 +181,23 @@ class MoE(nnx.Module):
         graphdef, params = nnx.split((self.router, self.experts))
 
         sequence_length = x.shape[-2] if x.ndim > 2 else None
-        y_TD, stats = over_tokens(
-            partial(self._local, graphdef, sequence_length),
+        y_TD, stats, choices = over_tokens(
+            partial(self._local, graphdef, sequence_length, observe),
             params,
             x.reshape(-1, x.shape[-1]),
             flat(token_mask),
             flat(token_ids),
             replicated=(key, batch_load),
-            out_specs=lambda tokens: (tokens, P()),
+            out_specs=lambda tokens: (tokens, P(), Choices(P(), tokens) if observe else None),
         )
         y = y_TD.reshape(x.shape)
         if self.shared is not None:
             # A masked token enters as 0 and, without biases, leaves as 0.
             seen = x if token_mask is None else jnp.where(token_mask[..., None], x, 0)
             y = y + self.shared(seen).astype(x.dtype)
-        return y, stats
+        return y, replace(stats, choices=choices)
 
-    def _local(self, graphdef, sequence_length, params, replicated, x_TD, mask_T, token_ids_T):
+    def _local(self, graphdef, sequence_length, observe, params, replicated, x_TD, mask_T, token_ids_T):
         """One device's tokens; collectives go along the token axes of the mesh, if there are any."""
         key, batch_load = replicated
         router, experts = nnx.merge(graphdef, params)
@@ -227,7 +231,8 @@ class MoE(nnx.Module):
             rounds=jnp.int32(1),
             router=router_stats(routing, axes),
         )
-        return y_TD.astype(x_TD.dtype), stats
+        choices = look_at_choices(ids_TK, self.num_experts, axes) if observe else None
+        return y_TD.astype(x_TD.dtype), stats, choices
 
     def _losses(self, routing: Routing, axes, sequence_length, batch_load) -> dict[str, jax.Array]:
         """The auxiliary losses as fields of `MoEStats`; importance and load only where they have a weight."""

@@ -67,12 +67,13 @@ class Block(nnx.Module):
         cache: KVCache | None,
         key: jax.Array | None,
         batch_load: BatchLoad | None,
+        observe: bool = False,
     ) -> tuple[jax.Array, MoEStats | None, KVCache | None]:
         """Also returns the MoE layer's statistics (None if dense) and the extended cache.
 
         Args:
           key: this layer's random key, for routers that draw.
-          batch_load: of this layer, see `MoE`.
+          batch_load, observe: see `MoE`.
         """
         x_BSD, cache = self._attend(x_BSD, context, cache)
         if isinstance(self.ffn, MoE):
@@ -83,6 +84,7 @@ class Block(nnx.Module):
                 token_ids=context.tokens_BS,
                 key=key,
                 batch_load=batch_load,
+                observe=observe,
             )
         else:
             y_BSD, stats = self.ffn(self.ffn_norm(x_BSD)), None
@@ -193,6 +195,7 @@ class Transformer(nnx.Module):
         cache: KVCache | None = None,
         key: jax.Array | None = None,
         batch_load: BatchLoad | None = None,
+        observe: bool = False,
     ) -> tuple[jax.Array, MoEStats | None, jax.Array, KVCache | None]:
         """Run all layers.
 
@@ -205,6 +208,7 @@ class Transformer(nnx.Module):
           key: random key of this call, for routers that draw; every layer draws from one of its own.
           batch_load: when the tokens are one part of a batch, what each MoE layer must know of the whole; fields with
             a leading M.
+          observe: also fill the statistics' `choices`.
 
         Returns:
           hidden_BSD after the last norm; the statistics of the M MoE layers, each field with a leading M (None if
@@ -225,7 +229,7 @@ class Transformer(nnx.Module):
                 if isinstance(block.ffn, MoE):
                     moe = len(stats)
                     load = jax.tree.map(lambda leaf, moe=moe: leaf[moe], loads)
-                x_BSD, block_stats, part = block(x_BSD, context, part, block_key, load)
+                x_BSD, block_stats, part = block(x_BSD, context, part, block_key, load, observe)
                 stats += [] if block_stats is None else [block_stats]
                 finite.append(jnp.all(jnp.isfinite(x_BSD)))
                 caches.append(part)

@@ -16,6 +16,7 @@ from train.data import load_corpus, load_tokenizer, validation_batches
 from train.errors import ConfigError
 from train.evaluate import restore_params
 from train.model import ModelSpec, product_precision
+from train.observe import coactivation
 from train.report.runs import Run
 
 _TOKENS = 16_384
@@ -126,15 +127,11 @@ def preferences(counts_VE: np.ndarray, texts: list[str]) -> list[list[Preference
 
 
 def pairs(ids_TK: np.ndarray, num_experts: int) -> np.ndarray:
-    """[E, E]: tokens that chose both experts over tokens * P(one) * P(other); the diagonal is 0."""
+    """[E, E]: `coactivation` of the experts that these tokens chose."""
     chosen_TE = np.zeros((len(ids_TK), num_experts))
     rows, columns = np.nonzero(ids_TK >= 0)
     chosen_TE[rows, ids_TK[rows, columns]] = 1
-    together_EE = chosen_TE.T @ chosen_TE
-    count_E = chosen_TE.sum(axis=0)
-    apart_EE = count_E[:, None] * count_E[None, :] / max(len(ids_TK), 1)
-    ratio_EE = together_EE / np.maximum(apart_EE, 1e-9)
-    return np.where(np.eye(num_experts, dtype=bool), 0, ratio_EE)
+    return coactivation(chosen_TE.T @ chosen_TE, len(ids_TK))
 
 
 def try_specialisation(run: Run) -> tuple[Specialisation | None, str]:
