@@ -68,7 +68,7 @@ class RoutingConfig:
     random_second: bool | None = None
     """Take the second expert by chance: gshard."""
     bias_rate: float | None = None
-    """Step of the bias that balances without a loss: sigmoid."""
+    """Step of the bias that balances without a loss: sigmoid. Unset: 3 / `steps`, at least 0.001."""
     expert_groups: int | None = None
     """Parts into which the experts are cut: sigmoid."""
     limit_groups: int | None = None

@@ -13,7 +13,7 @@ from flax import nnx
 
 import moejax
 from moejax.mesh import state_shardings
-from moejax.routing import ROUTERS
+from moejax.routing import ROUTERS, router_options
 from train.config import MoEConfig, TrainConfig
 from train.validation import moe_layer_numbers
 
@@ -28,6 +28,16 @@ def product_precision(config: TrainConfig) -> AbstractContextManager[object]:
 def experts_per_token(moe: MoEConfig) -> int:
     """`model.moe.top_k`, or the router's own number where it is unset."""
     return ROUTERS[moe.router].default_top_k if moe.top_k is None else moe.top_k
+
+
+def bias_rate(config: TrainConfig) -> float:
+    """Step of the bias that balances without a loss: `model.moe.routing.bias_rate`, or by the length of the run.
+
+    DeepSeek-V3's 1e-3 is for more than 10,000 steps. A short run needs larger steps: the bias must be able to cross
+    the scores, which lie between 0 and 1, in the first third of it.
+    """
+    given = config.model.moe.routing.bias_rate
+    return max(1e-3, 3 / config.steps) if given is None else given
 
 
 def make_model(config: TrainConfig, vocab_size: int, rngs: nnx.Rngs) -> moejax.Transformer:
@@ -50,8 +60,7 @@ def make_model(config: TrainConfig, vocab_size: int, rngs: nnx.Rngs) -> moejax.T
             "router": model.moe.router,
             "exchange": model.moe.exchange,
             "shared_experts": model.moe.shared_experts,
-            # Unset options are the router's own.
-            **{name: value for name, value in asdict(model.moe.routing).items() if value is not None},
+            **_routing_options(config),
         },
         tie_embeddings=model.tie_embeddings,
         rope_theta=model.rope_theta,
@@ -59,6 +68,15 @@ def make_model(config: TrainConfig, vocab_size: int, rngs: nnx.Rngs) -> moejax.T
         dtype=DTYPES[config.precision],
         rngs=rngs,
     )
+
+
+def _routing_options(config: TrainConfig) -> dict[str, Any]:
+    """The losses' weights and the router's options; what is unset is the router's own."""
+    moe = config.model.moe
+    options = {name: value for name, value in asdict(moe.routing).items() if value is not None}
+    if "bias_rate" in router_options(moe.router):
+        options["bias_rate"] = bias_rate(config)
+    return options
 
 
 @dataclass(frozen=True)
