@@ -78,6 +78,7 @@ class MoE(nnx.Module):
       experts: activation of the expert FFNs ("swiglu" or "gelu"), or a module
         `experts(x_TD, plan, weights_TK) -> y_TD` whose parameters are stacked over the axis "experts".
       exchange: name in `EXCHANGES`.
+      expert_bias: give the experts biases; see `Experts`.
       shared_experts: so many experts' width of dense FFN is added for every token (DeepSeek-MoE).
       balance_weight, z_weight, importance_weight, load_weight: weights of the losses in `stats.aux_loss`; None takes
         the router's own.
@@ -99,6 +100,7 @@ class MoE(nnx.Module):
         router: str | nnx.Module = "topk",
         experts: str | nnx.Module = "swiglu",
         exchange: str = "all_to_all",
+        expert_bias: bool = False,
         shared_experts: int = 0,
         balance_weight: float | None = None,
         balance_over: str = "batch",
@@ -125,10 +127,13 @@ class MoE(nnx.Module):
                 d_model,
                 d_hidden,
                 activation=experts,
+                bias=expert_bias,
                 out_scale=out_scale,
                 dtype=dtype,
                 rngs=rngs,
             )
+        elif expert_bias:
+            raise ValueError("expert_bias = True: of experts by name; got experts themselves")
         self.router = router
         self.experts = experts
         self.num_experts = num_experts

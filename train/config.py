@@ -113,6 +113,8 @@ class MoEConfig:
     """Name of the router."""
     exchange: str = "all_to_all"
     """Name of the exchange that carries rows between devices."""
+    expert_bias: bool = False
+    """Give each expert biases. They cost speed: the experts' products are then not fused."""
     shared_experts: int = 0
     """Experts' widths of dense FFN that every token passes as well."""
     routing: RoutingConfig = field(default_factory=RoutingConfig)

@@ -59,6 +59,7 @@ def make_model(config: TrainConfig, vocab_size: int, rngs: nnx.Rngs) -> moejax.T
             "top_k": model.moe.top_k,
             "router": model.moe.router,
             "exchange": model.moe.exchange,
+            "expert_bias": model.moe.expert_bias,
             "shared_experts": model.moe.shared_experts,
             **_routing_options(config),
         },
@@ -171,7 +172,7 @@ class ModelSpec:
         moe = self.config.model.moe
         paths = jax.tree_util.tree_leaves_with_path(self.logical_axes())
         for (path, axes), leaf in zip(paths, jax.tree.leaves(self.abstract), strict=True):
-            is_matrix = len(set(axes.names) - {"layers", "experts"}) > 1
+            is_matrix = len(set(axes.names) - {"layers", "experts", "parts"}) > 1
             is_looked_up = jax.tree_util.keystr(path, simple=True) == "embedding"
             if is_matrix and not (is_looked_up and not self.config.model.tie_embeddings):
                 share = experts_per_token(moe) / moe.num_experts if "experts" in axes.names else 1

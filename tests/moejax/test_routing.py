@@ -145,11 +145,16 @@ def naive_weights(case, router, chosen_by, ids, wanted):
     if name in ("hash", "random", "one"):
         return np.full(ids.shape, 1 / router.top_k)
     if name == "sigmoid":
-        return options.get("scale", 1.0) * naive.combine(naive.sigmoid(chosen_by), ids, True)
+        log_sigmoid = -np.logaddexp(0, -np.asarray(chosen_by, np.float64))
+        weights = naive.combine(naive.softmax_of_chosen(log_sigmoid, ids), ids, True)
+        return options.get("scale", 1.0) * weights
     scores = naive.softmax(np.asarray(chosen_by, np.float64))
     normalize = options.get("normalize", router.top_k > 1) and name != "expert_choice"
     # GShard and Switch weigh before the capacity.
-    return naive.combine(scores, wanted if name in ("gshard", "switch") else ids, normalize)
+    ids = wanted if name in ("gshard", "switch") else ids
+    if normalize:
+        scores = naive.softmax_of_chosen(np.asarray(chosen_by, np.float64), ids)
+    return naive.combine(scores, ids, normalize)
 
 
 def run_all(routers, x, mask, key=KEY, mesh=None):
@@ -359,7 +364,7 @@ def test_bf16_inputs_are_routed_in_f32():
 @pytest.mark.parametrize("kind", ["balance", "collapse", "nothing valid"])
 def test_perfect_balance_and_total_collapse_have_finite_gradients(kind, shared):
     x = (
-        np.tile(np.eye(1, E, dtype=np.float32) * 50, (T, 1))
+        np.tile(np.eye(1, E, dtype=np.float32) * 200 - 100, (T, 1))
         if kind == "collapse"
         else np.zeros((T, E), np.float32)
     )
