@@ -95,10 +95,10 @@ def write_page(runs: pathlib.Path) -> None:
         f"{STEPS} steps of the quickstart (4 MoE layers of 8 experts, 2,048 bytes per step, Muon), one seed each. Loss"
         " in nats per byte over the whole validation split (1.28 million bytes). MaxVio is that of the worst layer: at"
         f" the end over the whole validation split, and in training over each single batch, mean of the last {LAST}"
-        " steps. Dropped: share of the choices in those steps, and in evaluation. Changed: share of 2,048 validation tokens"
-        f" whose first choice is another one than {LAST} steps earlier, mean of the layers. `switch` and `one` choose"
-        " one expert per token, the others two. `expert_choice` sees later tokens: its loss is not that of a language"
-        " model. The machine was shared: milliseconds are only a hint."
+        " steps. Dropped: share of the choices in those steps, and in evaluation. Changed: share of 2,048 validation"
+        f" tokens whose first choice is another one than {LAST} steps earlier, mean of the layers. `switch` and `one`"
+        " choose one expert per token, the others two. `expert_choice` sees later tokens: its loss is not that of a"
+        " language model. The machine was shared: milliseconds are only a hint."
     )
     environment.save("routers", "Routers on the quickstart", f"{text}\n\n{environment.table(header, rows)}")
 

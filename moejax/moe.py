@@ -30,7 +30,7 @@ from moejax.losses import (
 from moejax.mesh import EXPERT, ambient_mesh, make_varying, over_tokens, token_axes
 from moejax.routing import Router, Routing, make_router
 from moejax.routing.check import check_routing
-from moejax.statistics import Choices, RouterStats, look_at_choices, router_stats
+from moejax.statistics import Choices, RouterStats, chosen_together, router_stats
 
 BALANCE_OVER = ("batch", "micro_batch", "sequence")
 
@@ -186,21 +186,21 @@ class MoE(nnx.Module):
         graphdef, params = nnx.split((self.router, self.experts))
 
         sequence_length = x.shape[-2] if x.ndim > 2 else None
-        y_TD, stats, choices = over_tokens(
+        y_TD, stats, together_EE, first_T = over_tokens(
             partial(self._local, graphdef, sequence_length, observe),
             params,
             x.reshape(-1, x.shape[-1]),
             flat(token_mask),
             flat(token_ids),
             replicated=(key, batch_load),
-            out_specs=lambda tokens: (tokens, P(), Choices(P(), tokens) if observe else None),
+            out_specs=lambda tokens: (tokens, P(), P(), tokens),
         )
         y = y_TD.reshape(x.shape)
         if self.shared is not None:
             # A masked token enters as 0 and, without biases, leaves as 0.
             seen = x if token_mask is None else jnp.where(token_mask[..., None], x, 0)
             y = y + self.shared(seen).astype(x.dtype)
-        return y, replace(stats, choices=choices)
+        return y, replace(stats, choices=Choices(together_EE, first_T)) if observe else stats
 
     def _local(self, graphdef, sequence_length, observe, params, replicated, x_TD, mask_T, token_ids_T):
         """One device's tokens; collectives go along the token axes of the mesh, if there are any."""
@@ -228,16 +228,21 @@ class MoE(nnx.Module):
             experts_per_device=self.num_experts // size,
         )
         count = lambda choices_TK: jax.lax.psum(jnp.sum(choices_TK, dtype=jnp.int32), axes)  # noqa: E731
+        losses = self._losses(routing, axes, sequence_length, batch_load)
         stats = MoEStats(
-            **self._losses(routing, axes, sequence_length, batch_load),
+            aux_loss=losses["aux_loss"],
+            balance_loss=losses["balance_loss"],
+            z_loss=losses["z_loss"],
             load_E=expert_load(ids_TK, self.num_experts, axes),
             invalid=count(~in_range_TK & (routing.ids_TK != -1)),
             dropped=count(in_range_TK & ~served_TK),
             rounds=jnp.int32(1),
             router=router_stats(routing, axes),
         )
-        choices = look_at_choices(ids_TK, self.num_experts, axes) if observe else None
-        return y_TD.astype(x_TD.dtype), stats, choices
+        y_TD = y_TD.astype(x_TD.dtype)
+        if not observe:
+            return y_TD, stats, None, None
+        return y_TD, stats, chosen_together(ids_TK, self.num_experts, axes), ids_TK[:, 0]
 
     def _losses(self, routing: Routing, axes, sequence_length, batch_load) -> dict[str, jax.Array]:
         """The auxiliary losses as fields of `MoEStats`; importance and load only where they have a weight."""

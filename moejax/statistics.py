@@ -73,12 +73,12 @@ class Choices:
     first_T: jax.Array
 
 
-def look_at_choices(ids_TK: jax.Array, num_experts: int, axes: Sequence[str] = ()) -> Choices:
-    """The choices of ids 0..E-1 (-1: none); `axes` are the mesh axes over which tokens are split."""
+def chosen_together(ids_TK: jax.Array, num_experts: int, axes: Sequence[str] = ()) -> jax.Array:
+    """`Choices.together_EE` of ids 0..E-1 (-1: none); `axes` are the mesh axes over which tokens are split."""
     experts_E = jnp.arange(num_experts, dtype=ids_TK.dtype)
     chosen_TE = jnp.any(ids_TK[:, :, None] == experts_E[None, None, :], axis=1).astype(jnp.float32)
     together_EE = chosen_TE.T @ chosen_TE
-    return Choices(jax.lax.psum(together_EE, tuple(axes)) if axes else together_EE, ids_TK[:, 0])
+    return jax.lax.psum(together_EE, tuple(axes)) if axes else together_EE
 
 
 def max_violation(load_E: jax.Array) -> jax.Array:
