@@ -119,6 +119,7 @@ class Transformer(nnx.Module):
       d_hidden: F of the dense layers.
       moe_layers: numbers of the layers that are MoE.
       moe: arguments of `MoE` beyond `d_model`: `d_hidden`, `num_experts`, `top_k`, `router`, ...
+      moe_of_layer: for single MoE layers by number, what stands instead of `moe`; all layers have as many experts.
       remat: name in `REMAT_POLICIES`.
       dtype: of all products and activations; parameters are f32.
 
@@ -138,6 +139,7 @@ class Transformer(nnx.Module):
         activation: str = "swiglu",
         moe_layers: Collection[int] = (),
         moe: Mapping[str, Any] | None = None,
+        moe_of_layer: Mapping[int, Mapping[str, Any]] | None = None,
         tie_embeddings: bool = True,
         rope_theta: float = 10_000.0,
         remat: str = "none",
@@ -152,12 +154,10 @@ class Transformer(nnx.Module):
         out_scale = (2 * num_layers) ** -0.5  # two additions per layer keep the residual stream at unit scale
         common = {"activation": activation, "out_scale": out_scale, "dtype": dtype}
 
-        def make_block(is_moe: bool, rngs: nnx.Rngs) -> Block:
+        def make_block(kind: Mapping[str, Any] | None, rngs: nnx.Rngs) -> Block:
             ffn: FeedForward | MoE
-            if is_moe:
-                ffn = MoE(
-                    d_model, experts=activation, out_scale=out_scale, dtype=dtype, rngs=rngs, **(moe or {})
-                )
+            if kind is not None:
+                ffn = MoE(d_model, experts=activation, out_scale=out_scale, dtype=dtype, rngs=rngs, **kind)
             else:
                 ffn = FeedForward(d_model, d_hidden, rngs=rngs, **common)
             attention = Attention(
@@ -171,7 +171,7 @@ class Transformer(nnx.Module):
             )
             return Block(attention, ffn, d_model)
 
-        kinds = [layer in moe_layers for layer in range(num_layers)]
+        kinds = _kinds(num_layers, moe_layers, moe or {}, moe_of_layer or {})
         period = _period(kinds)
 
         def make_period(rngs: nnx.Rngs) -> nnx.List:
@@ -348,7 +348,24 @@ class Transformer(nnx.Module):
         return KVCache(k, v, jnp.full((self.num_layers, window), -1, jnp.int32))
 
 
-def _period(kinds: list[bool]) -> int:
+def _kinds(
+    num_layers: int,
+    moe_layers: Collection[int],
+    moe: Mapping[str, Any],
+    moe_of_layer: Mapping[int, Mapping[str, Any]],
+) -> list[Mapping[str, Any] | None]:
+    """The arguments of each layer's `MoE`; None for a dense one."""
+    if not set(moe_of_layer) <= set(moe_layers):
+        raise ValueError(
+            f"moe_of_layer = {sorted(moe_of_layer)}: must be of moe_layers, {sorted(moe_layers)}"
+        )
+    kinds = [moe_of_layer.get(layer, moe) if layer in moe_layers else None for layer in range(num_layers)]
+    if len(counts := {kind.get("num_experts") for kind in kinds if kind is not None}) > 1:
+        raise ValueError(f"moe_of_layer: num_experts must be the same in all MoE layers, got {counts}")
+    return kinds
+
+
+def _period(kinds: list[Any]) -> int:
     """Smallest number of layers after which the kinds repeat."""
     n = len(kinds)
     return next(p for p in range(1, n + 1) if n % p == 0 and kinds == kinds[:p] * (n // p))

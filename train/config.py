@@ -111,6 +111,8 @@ class MoEConfig:
     """Hidden width of one expert. Unset: `model.d_hidden` divided by the experts per token."""
     router: str = "topk"
     """Name of the router."""
+    layer_routers: str | None = None
+    """Routers of single layers in place of `router`, such as `0:hash,3:switch`; they have the options they know."""
     exchange: str = "all_to_all"
     """Name of the exchange that carries rows between devices."""
     expert_bias: bool = False

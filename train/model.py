@@ -15,7 +15,7 @@ import moejax
 from moejax.mesh import state_shardings
 from moejax.routing import ROUTERS, router_options
 from train.config import MoEConfig, TrainConfig
-from train.validation import moe_layer_numbers
+from train.validation import LOSSES, moe_layer_numbers, routers_of_layers
 
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 
@@ -26,7 +26,7 @@ def product_precision(config: TrainConfig) -> AbstractContextManager[object]:
 
 
 def experts_per_token(moe: MoEConfig) -> int:
-    """`model.moe.top_k`, or the router's own number where it is unset."""
+    """`model.moe.top_k`, or the own number of `model.moe.router` where it is unset."""
     return ROUTERS[moe.router].default_top_k if moe.top_k is None else moe.top_k
 
 
@@ -44,6 +44,19 @@ def make_model(config: TrainConfig, vocab_size: int, rngs: nnx.Rngs) -> moejax.T
     """The transformer that `config.model` describes."""
     model = config.model
     d_hidden = model.d_hidden or math.ceil(8 * model.d_model / 3 / 8) * 8
+
+    def moe(router: str) -> dict[str, Any]:
+        return {
+            "d_hidden": model.moe.d_hidden or math.ceil(d_hidden / experts_per_token(model.moe) / 8) * 8,
+            "num_experts": model.moe.num_experts,
+            "top_k": model.moe.top_k,
+            "router": router,
+            "exchange": model.moe.exchange,
+            "expert_bias": model.moe.expert_bias,
+            "shared_experts": model.moe.shared_experts,
+            **_routing_options(config, router),
+        }
+
     return moejax.Transformer(
         vocab_size=model.vocab_size or vocab_size,
         num_layers=model.num_layers,
@@ -53,16 +66,8 @@ def make_model(config: TrainConfig, vocab_size: int, rngs: nnx.Rngs) -> moejax.T
         d_hidden=d_hidden,
         activation=model.activation,
         moe_layers=moe_layer_numbers(model.moe_layers, model.num_layers),
-        moe={
-            "d_hidden": model.moe.d_hidden or math.ceil(d_hidden / experts_per_token(model.moe) / 8) * 8,
-            "num_experts": model.moe.num_experts,
-            "top_k": model.moe.top_k,
-            "router": model.moe.router,
-            "exchange": model.moe.exchange,
-            "expert_bias": model.moe.expert_bias,
-            "shared_experts": model.moe.shared_experts,
-            **_routing_options(config),
-        },
+        moe=moe(model.moe.router),
+        moe_of_layer={layer: moe(router) for layer, router in routers_of_layers(config.model).items()},
         tie_embeddings=model.tie_embeddings,
         rope_theta=model.rope_theta,
         remat=model.remat,
@@ -71,11 +76,12 @@ def make_model(config: TrainConfig, vocab_size: int, rngs: nnx.Rngs) -> moejax.T
     )
 
 
-def _routing_options(config: TrainConfig) -> dict[str, Any]:
+def _routing_options(config: TrainConfig, router: str) -> dict[str, Any]:
     """The losses' weights and the router's options; what is unset is the router's own."""
-    moe = config.model.moe
-    options = {name: value for name, value in asdict(moe.routing).items() if value is not None}
-    if "bias_rate" in router_options(moe.router):
+    given = {name: value for name, value in asdict(config.model.moe.routing).items() if value is not None}
+    known = (*LOSSES, *router_options(router))
+    options = {name: value for name, value in given.items() if name in known}
+    if "bias_rate" in known:
         options["bias_rate"] = bias_rate(config)
     return options
 
