@@ -19,6 +19,9 @@ WIDTH = 6.2
 # A load of twice the even share or more has the last colour.
 _FULL = 2.0
 _CURVES = {
+    "tokens_per_second": ("Throughput", "tokens per second"),
+    "grad_norm": ("Gradient norm", "norm"),
+    "moe/max_vio": ("Balance: MaxVio of the worst layer", "largest load over mean load, minus 1"),
     "eval/moe/max_vio": (
         "Balance in evaluation: MaxVio of the worst layer",
         "largest load over mean load, minus 1",
@@ -27,9 +30,6 @@ _CURVES = {
         "First choices that changed since the last evaluation",
         "share of the watched tokens",
     ),
-    "tokens_per_second": ("Throughput", "tokens per second"),
-    "grad_norm": ("Gradient norm", "norm"),
-    "moe/max_vio": ("Balance: MaxVio of the worst layer", "largest load over mean load, minus 1"),
     "moe/router_entropy": ("Router entropy, mean of the layers", "nats"),
     "moe/dropped_fraction": ("Dropped choices", "share of all choices"),
     "moe/rounds": ("Rounds of the exchange, most of any layer", "rounds"),
@@ -62,7 +62,8 @@ def curves(runs: Sequence[Run]) -> tuple[dict[str, Figure], list[str]]:
             continue
         figure, axes = _figure(title, unit)
         for number, run, steps, values in drawn:
-            axes.plot(steps, values, color=f"C{number}", linewidth=1.2, label=run.name)
+            line = "o-" if field.startswith("eval/") else "-"
+            axes.plot(steps, values, line, color=f"C{number}", linewidth=1.2, markersize=4, label=run.name)
         axes.set_ylim(bottom=0)
         if len(runs) > 1:
             axes.legend(fontsize=8)
