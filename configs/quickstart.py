@@ -17,11 +17,11 @@ from train.config import (
 
 
 def config() -> TrainConfig:
-    """4 MoE layers of 8 experts, 2 per token, bytes as tokens, Muon."""
+    """4 MoE layers of 8 experts, as many per token as the router takes (2), bytes as tokens, Muon."""
     return TrainConfig(
         steps=240,
         data=DataConfig(batch_size=16, sequence_length=128),
-        model=ModelConfig(d_model=192, moe=MoEConfig(num_experts=8, top_k=2, d_hidden=128)),
+        model=ModelConfig(d_model=192, moe=MoEConfig(num_experts=8, d_hidden=128)),
         optimizer=OptimizerConfig(
             name="muon",
             learning_rate=0.015,

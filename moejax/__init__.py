@@ -19,5 +19,6 @@ from moejax.routing import RouterState as RouterState
 from moejax.routing import Routing as Routing
 from moejax.routing import TopK as TopK
 from moejax.routing import make_router as make_router
+from moejax.statistics import Choices as Choices
 from moejax.statistics import RouterStats as RouterStats
 from moejax.transformer import Transformer as Transformer

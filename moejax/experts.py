@@ -57,6 +57,10 @@ class Experts(nnx.Module):
     """E feed-forward networks of one shape, as two stacked matrices.
 
     Each expert is initialised as the dense FFN it is: the fan-in is that of one expert, not of the stack.
+
+    Args:
+      bias: give each expert a bias before the activation and one of its output, 0 at first. They take the general path
+        of single products, which keeps more for backward than the fused one.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class Experts(nnx.Module):
         d_hidden: int,
         *,
         activation: str = "swiglu",
+        bias: bool = False,
         out_scale: float = 1.0,
         dtype=jnp.float32,
         rngs: nnx.Rngs,
@@ -86,12 +91,39 @@ class Experts(nnx.Module):
             std=out_scale * d_hidden**-0.5,
         )
 
+        def zeros(*shape: int, axes: tuple[str, ...]) -> nnx.Param | None:
+            return (
+                nnx.Param(jnp.zeros((num_experts, *shape), jnp.float32), axes=("experts", *axes))
+                if bias
+                else None
+            )
+
+        self.b_in = zeros(parts, d_hidden, axes=("parts", "hidden"))
+        self.b_out = zeros(d_model, axes=("embed",))
+
     def __call__(self, x_TD: jax.Array, plan: DispatchPlan, weights_TK: jax.Array) -> jax.Array:
         """Sum over a token's choices of weight * expert(x): [T, D]."""
         w_in_EDH = self.w_in[...].reshape(*self.w_in.shape[:2], -1).astype(self.dtype)
         w_out_EFD = self.w_out[...].astype(self.dtype)
-        activation = EXPERT_ACTIVATIONS[self.activation]
-        return expert_ffn(activation, x_TD.astype(self.dtype), plan, weights_TK, w_in_EDH, w_out_EFD)
+        x_TD = x_TD.astype(self.dtype)
+        if self.b_in is None or self.b_out is None:
+            activation = EXPERT_ACTIVATIONS[self.activation]
+            return expert_ffn(activation, x_TD, plan, weights_TK, w_in_EDH, w_out_EFD)
+        b_in_EH = self.b_in[...].reshape(w_in_EDH.shape[0], -1)
+        rows_ND, sizes = permute(x_TD, plan), plan.group_sizes_P
+        hidden_NH = grouped_matmul(rows_ND, w_in_EDH, sizes) + bias_of_rows(rows_ND, b_in_EH, sizes)
+        a_NF = ACTIVATIONS[self.activation][0](hidden_NH)
+        y_ND = grouped_matmul(a_NF, w_out_EFD, sizes) + bias_of_rows(rows_ND, self.b_out[...], sizes)
+        return unpermute(y_ND, plan, weights_TK)
+
+
+def bias_of_rows(rows_ND: jax.Array, b_EH: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+    """[N, H]: the bias of each row's expert, of the rows' dtype; 0 for tail rows.
+
+    As a product with a column of ones, so that the gradient is summed by group and not scattered.
+    """
+    ones_N1 = jnp.ones_like(rows_ND[:, :1])
+    return grouped_matmul(ones_N1, b_EH[:, None, :].astype(rows_ND.dtype), group_sizes_E)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -5,7 +5,7 @@ Shapes: T tokens (on one device inside `_local`), D model width, E experts, K ex
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,7 @@ from moejax.losses import (
 from moejax.mesh import EXPERT, ambient_mesh, make_varying, over_tokens, token_axes
 from moejax.routing import Router, Routing, make_router
 from moejax.routing.check import check_routing
-from moejax.statistics import RouterStats, router_stats
+from moejax.statistics import Choices, RouterStats, chosen_together, router_stats
 
 BALANCE_OVER = ("batch", "micro_batch", "sequence")
 
@@ -48,6 +48,7 @@ class MoEStats:
       dropped: valid choices that no expert carried out, i32.
       rounds: times the layer ran until every choice was carried out, i32.
       router: what the router did.
+      choices: more of them, where the layer was asked to `observe` them; the field that is not the same on all devices.
     """
 
     aux_loss: jax.Array
@@ -58,6 +59,7 @@ class MoEStats:
     dropped: jax.Array
     rounds: jax.Array
     router: RouterStats
+    choices: Choices | None = None
 
 
 class MoE(nnx.Module):
@@ -76,6 +78,7 @@ class MoE(nnx.Module):
       experts: activation of the expert FFNs ("swiglu" or "gelu"), or a module
         `experts(x_TD, plan, weights_TK) -> y_TD` whose parameters are stacked over the axis "experts".
       exchange: name in `EXCHANGES`.
+      expert_bias: give the experts biases; see `Experts`.
       shared_experts: so many experts' width of dense FFN is added for every token (DeepSeek-MoE).
       balance_weight, z_weight, importance_weight, load_weight: weights of the losses in `stats.aux_loss`; None takes
         the router's own.
@@ -97,6 +100,7 @@ class MoE(nnx.Module):
         router: str | nnx.Module = "topk",
         experts: str | nnx.Module = "swiglu",
         exchange: str = "all_to_all",
+        expert_bias: bool = False,
         shared_experts: int = 0,
         balance_weight: float | None = None,
         balance_over: str = "batch",
@@ -123,10 +127,13 @@ class MoE(nnx.Module):
                 d_model,
                 d_hidden,
                 activation=experts,
+                bias=expert_bias,
                 out_scale=out_scale,
                 dtype=dtype,
                 rngs=rngs,
             )
+        elif expert_bias:
+            raise ValueError("expert_bias = True: of experts by name; got experts themselves")
         self.router = router
         self.experts = experts
         self.num_experts = num_experts
@@ -158,6 +165,7 @@ class MoE(nnx.Module):
         token_ids: jax.Array | None = None,
         key: jax.Array | None = None,
         batch_load: BatchLoad | None = None,
+        observe: bool = False,
     ) -> tuple[jax.Array, MoEStats]:
         """Apply the layer to [..., D].
 
@@ -166,6 +174,7 @@ class MoE(nnx.Module):
           token_ids: [...] i32, for routers that look at the token itself.
           key: random key; means training to the routers, see `Router`.
           batch_load: of the whole batch when x is a part of it; for the balance loss and the z-loss.
+          observe: fill `stats.choices`.
         """
         mesh = ambient_mesh()
         size = mesh.shape[EXPERT] if EXPERT in mesh.axis_names else 1
@@ -177,23 +186,23 @@ class MoE(nnx.Module):
         graphdef, params = nnx.split((self.router, self.experts))
 
         sequence_length = x.shape[-2] if x.ndim > 2 else None
-        y_TD, stats = over_tokens(
-            partial(self._local, graphdef, sequence_length),
+        y_TD, stats, together_EE, first_T = over_tokens(
+            partial(self._local, graphdef, sequence_length, observe),
             params,
             x.reshape(-1, x.shape[-1]),
             flat(token_mask),
             flat(token_ids),
             replicated=(key, batch_load),
-            out_specs=lambda tokens: (tokens, P()),
+            out_specs=lambda tokens: (tokens, P(), P(), tokens),
         )
         y = y_TD.reshape(x.shape)
         if self.shared is not None:
             # A masked token enters as 0 and, without biases, leaves as 0.
             seen = x if token_mask is None else jnp.where(token_mask[..., None], x, 0)
             y = y + self.shared(seen).astype(x.dtype)
-        return y, stats
+        return y, replace(stats, choices=Choices(together_EE, first_T)) if observe else stats
 
-    def _local(self, graphdef, sequence_length, params, replicated, x_TD, mask_T, token_ids_T):
+    def _local(self, graphdef, sequence_length, observe, params, replicated, x_TD, mask_T, token_ids_T):
         """One device's tokens; collectives go along the token axes of the mesh, if there are any."""
         key, batch_load = replicated
         router, experts = nnx.merge(graphdef, params)
@@ -219,15 +228,21 @@ class MoE(nnx.Module):
             experts_per_device=self.num_experts // size,
         )
         count = lambda choices_TK: jax.lax.psum(jnp.sum(choices_TK, dtype=jnp.int32), axes)  # noqa: E731
+        losses = self._losses(routing, axes, sequence_length, batch_load)
         stats = MoEStats(
-            **self._losses(routing, axes, sequence_length, batch_load),
+            aux_loss=losses["aux_loss"],
+            balance_loss=losses["balance_loss"],
+            z_loss=losses["z_loss"],
             load_E=expert_load(ids_TK, self.num_experts, axes),
             invalid=count(~in_range_TK & (routing.ids_TK != -1)),
             dropped=count(in_range_TK & ~served_TK),
             rounds=jnp.int32(1),
             router=router_stats(routing, axes),
         )
-        return y_TD.astype(x_TD.dtype), stats
+        y_TD = y_TD.astype(x_TD.dtype)
+        if not observe:
+            return y_TD, stats, None, None
+        return y_TD, stats, chosen_together(ids_TK, self.num_experts, axes), ids_TK[:, 0]
 
     def _losses(self, routing: Routing, axes, sequence_length, batch_load) -> dict[str, jax.Array]:
         """The auxiliary losses as fields of `MoEStats`; importance and load only where they have a weight."""

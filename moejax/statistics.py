@@ -1,6 +1,6 @@
 """What a router did with a batch, computed where the batch is: no field needs the host.
 
-Shapes: T tokens on this device, E experts.
+Shapes: T tokens on this device, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -56,6 +56,29 @@ def router_stats(routing: Routing, axes: Sequence[str] = ()) -> RouterStats:
     entropy, square, z = sums_3 / jnp.maximum(tokens, 1)
     dropped = jnp.int32(0) if routing.dropped_T is None else sum_all(jnp.sum(routing.dropped_T))
     return RouterStats(count_choices(routing, axes), tokens, dropped, entropy, jnp.sqrt(square), z)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Choices:
+    """What a layer tells of single choices when it is asked to; for evaluations.
+
+    Fields:
+      together_EE: tokens that chose both experts, over all devices, f32 (exact below 2**24); on the diagonal, those
+        that chose the one.
+      first_T: each token's first choice, i32, -1 for none; of this device's tokens.
+    """
+
+    together_EE: jax.Array
+    first_T: jax.Array
+
+
+def chosen_together(ids_TK: jax.Array, num_experts: int, axes: Sequence[str] = ()) -> jax.Array:
+    """`Choices.together_EE` of ids 0..E-1 (-1: none); `axes` are the mesh axes over which tokens are split."""
+    experts_E = jnp.arange(num_experts, dtype=ids_TK.dtype)
+    chosen_TE = jnp.any(ids_TK[:, :, None] == experts_E[None, None, :], axis=1).astype(jnp.float32)
+    together_EE = chosen_TE.T @ chosen_TE
+    return jax.lax.psum(together_EE, tuple(axes)) if axes else together_EE
 
 
 def max_violation(load_E: jax.Array) -> jax.Array:

@@ -67,12 +67,13 @@ class Block(nnx.Module):
         cache: KVCache | None,
         key: jax.Array | None,
         batch_load: BatchLoad | None,
+        observe: bool = False,
     ) -> tuple[jax.Array, MoEStats | None, KVCache | None]:
         """Also returns the MoE layer's statistics (None if dense) and the extended cache.
 
         Args:
           key: this layer's random key, for routers that draw.
-          batch_load: of this layer, see `MoE`.
+          batch_load, observe: see `MoE`.
         """
         x_BSD, cache = self._attend(x_BSD, context, cache)
         if isinstance(self.ffn, MoE):
@@ -83,6 +84,7 @@ class Block(nnx.Module):
                 token_ids=context.tokens_BS,
                 key=key,
                 batch_load=batch_load,
+                observe=observe,
             )
         else:
             y_BSD, stats = self.ffn(self.ffn_norm(x_BSD)), None
@@ -117,6 +119,7 @@ class Transformer(nnx.Module):
       d_hidden: F of the dense layers.
       moe_layers: numbers of the layers that are MoE.
       moe: arguments of `MoE` beyond `d_model`: `d_hidden`, `num_experts`, `top_k`, `router`, ...
+      moe_of_layer: for single MoE layers by number, what stands instead of `moe`; all layers have as many experts.
       remat: name in `REMAT_POLICIES`.
       dtype: of all products and activations; parameters are f32.
 
@@ -136,6 +139,7 @@ class Transformer(nnx.Module):
         activation: str = "swiglu",
         moe_layers: Collection[int] = (),
         moe: Mapping[str, Any] | None = None,
+        moe_of_layer: Mapping[int, Mapping[str, Any]] | None = None,
         tie_embeddings: bool = True,
         rope_theta: float = 10_000.0,
         remat: str = "none",
@@ -150,12 +154,10 @@ class Transformer(nnx.Module):
         out_scale = (2 * num_layers) ** -0.5  # two additions per layer keep the residual stream at unit scale
         common = {"activation": activation, "out_scale": out_scale, "dtype": dtype}
 
-        def make_block(is_moe: bool, rngs: nnx.Rngs) -> Block:
+        def make_block(kind: Mapping[str, Any] | None, rngs: nnx.Rngs) -> Block:
             ffn: FeedForward | MoE
-            if is_moe:
-                ffn = MoE(
-                    d_model, experts=activation, out_scale=out_scale, dtype=dtype, rngs=rngs, **(moe or {})
-                )
+            if kind is not None:
+                ffn = MoE(d_model, experts=activation, out_scale=out_scale, dtype=dtype, rngs=rngs, **kind)
             else:
                 ffn = FeedForward(d_model, d_hidden, rngs=rngs, **common)
             attention = Attention(
@@ -169,7 +171,7 @@ class Transformer(nnx.Module):
             )
             return Block(attention, ffn, d_model)
 
-        kinds = [layer in moe_layers for layer in range(num_layers)]
+        kinds = _kinds(num_layers, moe_layers, moe or {}, moe_of_layer or {})
         period = _period(kinds)
 
         def make_period(rngs: nnx.Rngs) -> nnx.List:
@@ -193,6 +195,7 @@ class Transformer(nnx.Module):
         cache: KVCache | None = None,
         key: jax.Array | None = None,
         batch_load: BatchLoad | None = None,
+        observe: bool = False,
     ) -> tuple[jax.Array, MoEStats | None, jax.Array, KVCache | None]:
         """Run all layers.
 
@@ -205,6 +208,7 @@ class Transformer(nnx.Module):
           key: random key of this call, for routers that draw; every layer draws from one of its own.
           batch_load: when the tokens are one part of a batch, what each MoE layer must know of the whole; fields with
             a leading M.
+          observe: also fill the statistics' `choices`.
 
         Returns:
           hidden_BSD after the last norm; the statistics of the M MoE layers, each field with a leading M (None if
@@ -225,7 +229,7 @@ class Transformer(nnx.Module):
                 if isinstance(block.ffn, MoE):
                     moe = len(stats)
                     load = jax.tree.map(lambda leaf, moe=moe: leaf[moe], loads)
-                x_BSD, block_stats, part = block(x_BSD, context, part, block_key, load)
+                x_BSD, block_stats, part = block(x_BSD, context, part, block_key, load, observe)
                 stats += [] if block_stats is None else [block_stats]
                 finite.append(jnp.all(jnp.isfinite(x_BSD)))
                 caches.append(part)
@@ -344,7 +348,24 @@ class Transformer(nnx.Module):
         return KVCache(k, v, jnp.full((self.num_layers, window), -1, jnp.int32))
 
 
-def _period(kinds: list[bool]) -> int:
+def _kinds(
+    num_layers: int,
+    moe_layers: Collection[int],
+    moe: Mapping[str, Any],
+    moe_of_layer: Mapping[int, Mapping[str, Any]],
+) -> list[Mapping[str, Any] | None]:
+    """The arguments of each layer's `MoE`; None for a dense one."""
+    if not set(moe_of_layer) <= set(moe_layers):
+        raise ValueError(
+            f"moe_of_layer = {sorted(moe_of_layer)}: must be of moe_layers, {sorted(moe_layers)}"
+        )
+    kinds = [moe_of_layer.get(layer, moe) if layer in moe_layers else None for layer in range(num_layers)]
+    if len(counts := {kind.get("num_experts") for kind in kinds if kind is not None}) > 1:
+        raise ValueError(f"moe_of_layer: num_experts must be the same in all MoE layers, got {counts}")
+    return kinds
+
+
+def _period(kinds: list[Any]) -> int:
     """Smallest number of layers after which the kinds repeat."""
     n = len(kinds)
     return next(p for p in range(1, n + 1) if n % p == 0 and kinds == kinds[:p] * (n // p))

@@ -7,6 +7,8 @@ import numpy as np
 
 # One f32 rounding is 6e-8; a sum of a few thousand terms in another order moves the last few digits.
 F32 = 2e-6
+# The same sums on another number of devices.
+LAYOUT = 1e-6
 F64 = 1e-12
 # Gradients of a whole model: some tens of layers' roundings on top of each other.
 F32_MODEL = 1e-5

@@ -68,7 +68,7 @@ class RoutingConfig:
     random_second: bool | None = None
     """Take the second expert by chance: gshard."""
     bias_rate: float | None = None
-    """Step of the bias that balances without a loss: sigmoid."""
+    """Step of the bias that balances without a loss: sigmoid. Unset: 3 / `steps`, at least 0.001."""
     expert_groups: int | None = None
     """Parts into which the experts are cut: sigmoid."""
     limit_groups: int | None = None
@@ -111,8 +111,12 @@ class MoEConfig:
     """Hidden width of one expert. Unset: `model.d_hidden` divided by the experts per token."""
     router: str = "topk"
     """Name of the router."""
+    layer_routers: str | None = None
+    """Routers of single layers in place of `router`, such as `0:hash,3:switch`; they have the options they know."""
     exchange: str = "all_to_all"
     """Name of the exchange that carries rows between devices."""
+    expert_bias: bool = False
+    """Give each expert biases. They cost speed: the experts' products are then not fused."""
     shared_experts: int = 0
     """Experts' widths of dense FFN that every token passes as well."""
     routing: RoutingConfig = field(default_factory=RoutingConfig)

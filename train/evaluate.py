@@ -21,12 +21,15 @@ from train.data import load_corpus, load_tokenizer, validation_batches
 from train.errors import ConfigError
 from train.feed import device_batch, process_rows
 from train.model import ModelSpec, product_precision
+from train.observe import ExpertView
 from train.step import make_eval_step
 
 log = logging.getLogger("moejax")
 
 # Enough to keep a device busy, few enough that their arrays take no memory worth the name.
 IN_FLIGHT = 16
+# Of further ones, what is said of pairs of experts is left where it is: E * E numbers of each layer.
+OBSERVED = 16
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,12 @@ class Evaluation:
     Fields:
       totals: summed cross-entropy of each batch, in nats.
       counts: counted tokens of each batch.
+      experts: what was seen of them; None for a dense model.
     """
 
     totals: np.ndarray
     counts: np.ndarray
+    experts: ExpertView | None = None
 
     def loss(self, batches: int | None = None) -> float:
         """Mean cross-entropy in nats per token, of all batches or of the first so many."""
@@ -61,14 +66,21 @@ def evaluate(
     eval_step: Callable[..., Any], params: Any, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh
 ) -> Evaluation:
     """Evaluate batch after batch; at most `IN_FLIGHT` of them are on their way at once."""
-    fetched, pending = [], []
-    for batch in batches:
-        pending.append(eval_step(params, device_batch(batch, mesh)))
+    fetched, pending, first_MW = [], [], None
+    for number, batch in enumerate(batches):
+        sums = eval_step(params, device_batch(batch, mesh))
+        first = sums.pop("first", None)
+        if number == 0:
+            first_MW = first
+        if number >= OBSERVED:
+            sums.pop("together", None)
+        pending.append(sums)
         if len(pending) == IN_FLIGHT:
             fetched += jax.device_get(pending)
             pending.clear()
-    totals, counts = zip(*fetched, *jax.device_get(pending), strict=True)
-    return Evaluation(np.asarray(totals), np.asarray(counts))
+    fetched += jax.device_get(pending)
+    by_name = lambda name: np.asarray([sums[name] for sums in fetched])  # noqa: E731
+    return Evaluation(by_name("loss"), by_name("tokens"), ExpertView.of(fetched, first_MW))
 
 
 def fitting_mesh(config: TrainConfig) -> Mesh:

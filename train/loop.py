@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from contextlib import ExitStack, closing
@@ -158,7 +159,11 @@ def _train(config: TrainConfig, workdir: Path, bad_step: int | None) -> None:
                     extra |= evaluation.standing(part)
                     if config.checkpoint.every > 0:
                         is_best = processes.from_first(checkpoints.would_be_best(extra))
-                monitor.evaluation(step, evaluation.loss())
+                experts: dict[str, Any] = {}
+                if evaluation.experts is not None:
+                    experts = evaluation.experts.metrics(jax.device_get(state.first_MW))
+                    state = dataclasses.replace(state, first_MW=evaluation.experts.first_MW)
+                monitor.evaluation(step, evaluation.loss(), experts)
 
             stopping = stop.after(step)
             minutes = config.checkpoint.every_minutes

@@ -13,9 +13,9 @@ from flax import nnx
 
 import moejax
 from moejax.mesh import state_shardings
-from moejax.routing import ROUTERS
+from moejax.routing import ROUTERS, router_options
 from train.config import MoEConfig, TrainConfig
-from train.validation import moe_layer_numbers
+from train.validation import LOSSES, moe_layer_numbers, routers_of_layers
 
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 
@@ -26,14 +26,37 @@ def product_precision(config: TrainConfig) -> AbstractContextManager[object]:
 
 
 def experts_per_token(moe: MoEConfig) -> int:
-    """`model.moe.top_k`, or the router's own number where it is unset."""
+    """`model.moe.top_k`, or the own number of `model.moe.router` where it is unset."""
     return ROUTERS[moe.router].default_top_k if moe.top_k is None else moe.top_k
+
+
+def bias_rate(config: TrainConfig) -> float:
+    """Step of the bias that balances without a loss: `model.moe.routing.bias_rate`, or by the length of the run.
+
+    DeepSeek-V3's 1e-3 is for more than 10,000 steps. A short run needs larger steps: the bias must be able to cross
+    the scores, which lie between 0 and 1, in the first third of it.
+    """
+    given = config.model.moe.routing.bias_rate
+    return max(1e-3, 3 / config.steps) if given is None else given
 
 
 def make_model(config: TrainConfig, vocab_size: int, rngs: nnx.Rngs) -> moejax.Transformer:
     """The transformer that `config.model` describes."""
     model = config.model
     d_hidden = model.d_hidden or math.ceil(8 * model.d_model / 3 / 8) * 8
+
+    def moe(router: str) -> dict[str, Any]:
+        return {
+            "d_hidden": model.moe.d_hidden or math.ceil(d_hidden / experts_per_token(model.moe) / 8) * 8,
+            "num_experts": model.moe.num_experts,
+            "top_k": model.moe.top_k,
+            "router": router,
+            "exchange": model.moe.exchange,
+            "expert_bias": model.moe.expert_bias,
+            "shared_experts": model.moe.shared_experts,
+            **_routing_options(config, router),
+        }
+
     return moejax.Transformer(
         vocab_size=model.vocab_size or vocab_size,
         num_layers=model.num_layers,
@@ -43,22 +66,24 @@ def make_model(config: TrainConfig, vocab_size: int, rngs: nnx.Rngs) -> moejax.T
         d_hidden=d_hidden,
         activation=model.activation,
         moe_layers=moe_layer_numbers(model.moe_layers, model.num_layers),
-        moe={
-            "d_hidden": model.moe.d_hidden or math.ceil(d_hidden / experts_per_token(model.moe) / 8) * 8,
-            "num_experts": model.moe.num_experts,
-            "top_k": model.moe.top_k,
-            "router": model.moe.router,
-            "exchange": model.moe.exchange,
-            "shared_experts": model.moe.shared_experts,
-            # Unset options are the router's own.
-            **{name: value for name, value in asdict(model.moe.routing).items() if value is not None},
-        },
+        moe=moe(model.moe.router),
+        moe_of_layer={layer: moe(router) for layer, router in routers_of_layers(config.model).items()},
         tie_embeddings=model.tie_embeddings,
         rope_theta=model.rope_theta,
         remat=model.remat,
         dtype=DTYPES[config.precision],
         rngs=rngs,
     )
+
+
+def _routing_options(config: TrainConfig, router: str) -> dict[str, Any]:
+    """The losses' weights and the router's options; what is unset is the router's own."""
+    given = {name: value for name, value in asdict(config.model.moe.routing).items() if value is not None}
+    known = (*LOSSES, *router_options(router))
+    options = {name: value for name, value in given.items() if name in known}
+    if "bias_rate" in known:
+        options["bias_rate"] = bias_rate(config)
+    return options
 
 
 @dataclass(frozen=True)
@@ -153,7 +178,7 @@ class ModelSpec:
         moe = self.config.model.moe
         paths = jax.tree_util.tree_leaves_with_path(self.logical_axes())
         for (path, axes), leaf in zip(paths, jax.tree.leaves(self.abstract), strict=True):
-            is_matrix = len(set(axes.names) - {"layers", "experts"}) > 1
+            is_matrix = len(set(axes.names) - {"layers", "experts", "parts"}) > 1
             is_looked_up = jax.tree_util.keystr(path, simple=True) == "embedding"
             if is_matrix and not (is_looked_up and not self.config.model.tie_embeddings):
                 share = experts_per_token(moe) / moe.num_experts if "experts" in axes.names else 1

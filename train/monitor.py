@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -108,15 +108,23 @@ class Monitor:
         if self._mfu_per_token is not None:
             record["mfu"] = record["tokens_per_second"] * self._mfu_per_token
         layers = layers or {}
-        self._write(step, record, layers if self._shows_experts(step) else {})
+        shown = layers if self._shows_experts(step) else {}
+        self._write(step, record, {LAYERS + name: value for name, value in shown.items()})
         with contextlib.suppress(OSError):
             self._terminal.train(step, record)
         for warning in self._watch(step, record, layers):
             self._logger.warning("%s", warning)
 
-    def evaluation(self, step: int, loss: float) -> None:
-        """Report the evaluation loss after `step` steps, in a line of its own; raises like `train`."""
-        self._write(step, {"step": step, "eval/loss": loss})
+    def evaluation(self, step: int, loss: float, experts: Mapping[str, Any] | None = None) -> None:
+        """Report the evaluation loss after `step` steps, in a line of its own; raises like `train`.
+
+        Args:
+          experts: what it found of the experts, see `ExpertView.metrics`; `eval/` is put before each name.
+        """
+        named = {f"eval/{name}": value for name, value in (experts or {}).items()}
+        layers = {name: value for name, value in named.items() if LAYERS in name}
+        scalars = {name: value for name, value in named.items() if name not in layers}
+        self._write(step, {"step": step, "eval/loss": loss, **scalars}, layers)
         with contextlib.suppress(OSError):
             self._terminal.evaluation(step, loss)
 
@@ -148,15 +156,12 @@ class Monitor:
         every = self._experts_every
         return every > 0 and (step % every == 0 or step in (1, self._total_steps))
 
-    def _write(
-        self, step: int, record: Mapping[str, float], layers: Mapping[str, np.ndarray] | None = None
-    ) -> None:
-        layers = layers or {}
+    def _write(self, step: int, record: Mapping[str, float], layers: Mapping[str, Any]) -> None:
         try:
-            self._metrics.append({**record, **{LAYERS + name: value for name, value in layers.items()}})
+            self._metrics.append({**record, **layers})
             if self._board is not None:
-                if "load" in layers:
-                    self._board.write_load(step, layers["load"])
+                if LAYERS + "load" in layers:
+                    self._board.write_load(step, layers[LAYERS + "load"])
                 self._board.write(
                     step, {name: float(value) for name, value in record.items() if name != "step"}
                 )
@@ -179,7 +184,7 @@ class Bystander:
     ) -> None:
         """Process 0 reports it."""
 
-    def evaluation(self, step: int, loss: float) -> None:
+    def evaluation(self, step: int, loss: float, experts: Mapping[str, Any] | None = None) -> None:
         """Process 0 reports it."""
 
     @contextlib.contextmanager

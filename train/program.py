@@ -26,7 +26,7 @@ class Program:
       abstract_state: shape, dtype and sharding of every leaf of the state, as a checkpoint is read.
       init: `() -> state` before the first step.
       train_step: `(state, batch) -> (state, metrics)`; the state that goes in is gone afterwards.
-      eval_step: `(params, batch) -> (summed cross-entropy in nats, tokens counted)`.
+      eval_step: `(params, batch) -> sums over the batch`; see `make_eval_step`.
     """
 
     spec: ModelSpec
@@ -34,7 +34,7 @@ class Program:
     abstract_state: TrainState
     init: Callable[[], TrainState]
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-    eval_step: Callable[[dict[str, Any], Batch], tuple[jax.Array, jax.Array]]
+    eval_step: Callable[[dict[str, Any], Batch], Metrics]
 
 
 def make_program(config: TrainConfig, vocab_size: int, mesh: Mesh) -> Program:

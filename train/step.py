@@ -1,13 +1,13 @@
 """One optimizer step and one evaluation step, as compiled functions of the run's state.
 
-Shapes: B sequences of the global batch, S positions, A accumulation steps, L layers, M MoE layers, E experts.
+Shapes: B sequences of the global batch, S positions, A accumulation steps, L layers, M MoE layers, E experts, W watched
+tokens.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from moejax.mesh import token_sharding
 from train.balance import moe_metrics
 from train.finite import FiniteCheck
 from train.model import ModelSpec
+from train.observe import NEVER, WATCHED_TOKENS
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, Any]
@@ -40,6 +41,7 @@ class TrainState:
       opt_state: Optax state.
       key: data of the run's random key, u32, from which each step's is folded; for routers that draw.
       idle_ME: steps since each expert of each MoE layer last had a token, i32.
+      first_MW: first choice of each watched token at the last evaluation, i32; see `train.observe`.
     """
 
     step: jax.Array
@@ -47,6 +49,7 @@ class TrainState:
     opt_state: Any
     key: jax.Array
     idle_ME: jax.Array
+    first_MW: jax.Array
 
 
 def make_init(
@@ -58,7 +61,11 @@ def make_init(
         param_key, key = jax.random.split(jax.random.key(seed))
         params = spec.init_params(param_key)
         idle_ME = jnp.zeros((spec.num_moe_layers, spec.config.model.moe.num_experts), jnp.int32)
-        return TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key_data(key), idle_ME)
+        data = spec.config.data
+        watched = min(data.batch_size * data.sequence_length, WATCHED_TOKENS)
+        first_MW = jnp.full((spec.num_moe_layers, watched), NEVER, jnp.int32)
+        key_data = jax.random.key_data(key)
+        return TrainState(jnp.int32(0), params, optimizer.init(params), key_data, idle_ME, first_MW)
 
     return init
 
@@ -163,12 +170,12 @@ def make_train_step(
             "finite_grads": check_finite(grads),
             **moe,
         }
-        new = TrainState(state.step + 1, params, opt_state, state.key, idle_ME)
+        new = replace(state, step=state.step + 1, params=params, opt_state=opt_state, idle_ME=idle_ME)
         if skips:
             sums = jnp.stack([metrics[name] for name in ("loss", "aux_loss", "grad_norm")])
             checks = (jnp.isfinite(sums), metrics["finite_layers"], metrics["finite_grads"])
             is_finite = jnp.all(jnp.concatenate(checks))
-            old = dataclasses.replace(state, step=new.step)
+            old = replace(state, step=new.step)
             new = jax.tree.map(lambda ours, theirs: jnp.where(is_finite, ours, theirs), new, old)
             metrics["skipped"] = jnp.int32(~is_finite)
         return new, metrics
@@ -209,13 +216,30 @@ def make_batch_load(spec: ModelSpec) -> Callable[[dict[str, Any], tuple[jax.Arra
     return batch_load
 
 
-def make_eval_step(spec: ModelSpec) -> Callable[[dict[str, Any], Batch], tuple[jax.Array, jax.Array]]:
-    """`(params, batch) -> (summed cross-entropy in nats, tokens counted)`, not yet compiled."""
+def make_eval_step(spec: ModelSpec) -> Callable[[dict[str, Any], Batch], Metrics]:
+    """`(params, batch) -> sums over the batch`, not yet compiled.
 
-    def step(params: dict[str, Any], batch: Batch) -> tuple[jax.Array, jax.Array]:
+    `loss` is the summed cross-entropy in nats of `tokens` targets. With MoE layers also what `train.observe` adds up:
+    `load` [M, E], `dropped` [M], `routed` tokens, `together` [M, E, E], and `first` [M, W], the first choices of the
+    first tokens of the batch.
+    """
+
+    def step(params: dict[str, Any], batch: Batch) -> Metrics:
         model = spec.merge(params)
-        hidden, *_ = model(batch["tokens"], segments_BS=batch["segments"], positions_BS=batch["positions"])
+        hidden, stats, *_ = model(
+            batch["tokens"], segments_BS=batch["segments"], positions_BS=batch["positions"], observe=True
+        )
         total = model.loss(hidden, batch["targets"], chunk=spec.config.model.loss_chunk)
-        return total, jnp.sum(batch["targets"] >= 0)
+        sums = {"loss": total, "tokens": jnp.sum(batch["targets"] >= 0)}
+        if stats is not None:
+            assert stats.choices is not None
+            sums |= {
+                "load": stats.load_E,
+                "dropped": stats.dropped + stats.router.dropped,
+                "routed": stats.router.tokens[0],
+                "together": stats.choices.together_EE,
+                "first": stats.choices.first_T[:, :WATCHED_TOKENS],
+            }
+        return sums
 
     return step

@@ -7,9 +7,9 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from train.config import MeshConfig, TrainConfig
+from train.config import MeshConfig, ModelConfig, TrainConfig
 from train.errors import ConfigError
 from train.fields import flatten, get, nearest, shown
 
@@ -172,6 +172,31 @@ def moe_layer_numbers(moe_layers: str, num_layers: int) -> tuple[int, ...]:
     return tuple(sorted(numbers))
 
 
+def routers_of_layers(model: ModelConfig) -> dict[int, str]:
+    """The router of each layer that `model.moe.layer_routers` names.
+
+    Raises:
+      ConfigError: no list of MoE layers and routers.
+    """
+    from moejax.routing import ROUTERS
+
+    field, text = "model.moe.layer_routers", model.moe.layer_routers
+    layers = moe_layer_numbers(model.moe_layers, model.num_layers)
+    routers: dict[int, str] = {}
+    for part in text.split(",") if text is not None else ():
+        layer, _, router = (word.strip() for word in part.partition(":"))
+        if not (layer.isdecimal() and int(layer) in layers):
+            rule = f"must be a list such as 0:hash,3:switch, of the MoE layers {', '.join(map(str, layers))}"
+            raise ConfigError(field, shown(text), rule)
+        if int(layer) in routers:
+            raise ConfigError(field, shown(text), f"must name layer {layer} once")
+        if router not in ROUTERS:
+            known = f"of {', '.join(ROUTERS)}{nearest(router, ROUTERS)}"
+            raise ConfigError(field, shown(text), f"must name routers {known}")
+        routers[int(layer)] = router
+    return routers
+
+
 def _check_ranges(config: TrainConfig) -> None:
     for name, value in flatten(config).items():
         if name in RANGES and value is not None:
@@ -209,13 +234,39 @@ def _check_moe(config: TrainConfig) -> None:
     is_dense = not moe_layer_numbers(config.model.moe_layers, config.model.num_layers)
     if is_dense and moe.top_k is None:
         return
-    _check_router(config)
+    routers = dict.fromkeys((moe.router, *routers_of_layers(config.model).values()))
+    _check_options(config, routers)
+    for router in routers:
+        _check_router(config, router)
     if not is_dense and moe.num_experts % config.mesh.expert:
         rule = f"must be divisible by mesh.expert ({config.mesh.expert})"
         raise ConfigError("model.moe.num_experts", moe.num_experts, rule)
 
 
-def _check_router(config: TrainConfig) -> None:
+def _options(config: TrainConfig) -> dict[str, object]:
+    """The options that are set, but for the losses, which every router can have."""
+    routing = config.model.moe.routing
+    fields = {field.name: getattr(routing, field.name) for field in dataclasses.fields(routing)}
+    return {name: value for name, value in fields.items() if value is not None and name not in LOSSES}
+
+
+def _check_options(config: TrainConfig, routers: Iterable[str]) -> None:
+    """Every option is one of some router that the model has."""
+    from moejax.routing import router_options
+
+    group = "model.moe.routing."
+    known = list(dict.fromkeys(option for router in routers for option in router_options(router)))
+    for name, value in _options(config).items():
+        if name not in known:
+            has = f"its options: {', '.join(group + option for option in known)}" if known else "it has none"
+            raise ConfigError(group + name, value, f"router {', '.join(routers)} has no such option; {has}")
+    load_weight = config.model.moe.routing.load_weight
+    if load_weight and "noisy" not in routers:
+        rule = f"must be 0 or unset: only router noisy knows the chances of its choices, not {', '.join(routers)}"
+        raise ConfigError(group + "load_weight", load_weight, rule)
+
+
+def _check_router(config: TrainConfig, router: str) -> None:
     """The router itself says what it takes: it is traced with the options that are set."""
     from flax import nnx
 
@@ -223,23 +274,16 @@ def _check_router(config: TrainConfig) -> None:
 
     moe = config.model.moe
     group = "model.moe.routing."
-    # What stands before the routers' own options are the losses that every router can have.
-    fields = {field.name: getattr(moe.routing, field.name) for field in dataclasses.fields(moe.routing)}
-    options = {name: value for name, value in fields.items() if value is not None and name not in LOSSES}
-    known = router_options(moe.router)
-    for name, value in options.items():
-        if name not in known:
-            others = [f"{group}{option}" for option in known]
-            has = f"its options: {', '.join(others)}" if others else "it has none"
-            raise ConfigError(group + name, value, f"router {moe.router} has no such option; {has}")
-    own_top_k = ROUTERS[moe.router].default_top_k
+    known = router_options(router)
+    options = {name: value for name, value in _options(config).items() if name in known}
+    own_top_k = ROUTERS[router].default_top_k
     if moe.top_k is None and own_top_k > moe.num_experts:
         rule = f"must be between 1 and model.moe.num_experts ({moe.num_experts})"
-        raise ConfigError("model.moe.top_k", f"unset ({own_top_k} for router {moe.router})", rule)
+        raise ConfigError("model.moe.top_k", f"unset ({own_top_k} for router {router})", rule)
     try:
         nnx.eval_shape(
             lambda: make_router(
-                moe.router,
+                router,
                 config.model.d_model,
                 moe.num_experts,
                 top_k=moe.top_k,
@@ -255,9 +299,6 @@ def _check_router(config: TrainConfig) -> None:
     if moe.routing.groups is not None and tokens % moe.routing.groups:
         rule = f"must divide the tokens of a batch or of an accumulation part ({tokens})"
         raise ConfigError(group + "groups", moe.routing.groups, rule)
-    if moe.routing.load_weight and moe.router != "noisy":
-        rule = f"must be 0 or unset: only router noisy knows the chances of its choices, not {moe.router}"
-        raise ConfigError(group + "load_weight", moe.routing.load_weight, rule)
 
 
 def _check_sizes(config: TrainConfig) -> None:

@@ -64,12 +64,6 @@ def pick(values_TE: jax.Array, ids_TK: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(chosen_TKE, values_TE[:, None, :], 0), axis=-1)
 
 
-def sum_to_one(values: jax.Array) -> jax.Array:
-    """Divide by the sum over the last dimension; zeros stay zeros, with a finite gradient."""
-    total = jnp.sum(values, axis=-1, keepdims=True)
-    return values / jnp.where(total > 0, total, 1)
-
-
 def softmax_top_k(
     logits_TE: jax.Array, top_k: int, *, normalize: bool | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -79,18 +73,33 @@ def softmax_top_k(
     """
     scores_TE = jax.nn.softmax(logits_TE.astype(jnp.float32), axis=-1)
     ids_TK = top_k_ids(logits_TE, top_k)
-    return ids_TK, combine_weights(scores_TE, ids_TK, normalize), scores_TE
+    return ids_TK, combine_weights(logits_TE, scores_TE, ids_TK, normalize), scores_TE
 
 
-def combine_weights(scores_TE: jax.Array, ids_TK: jax.Array, normalize: bool | None) -> jax.Array:
-    """The scores of the choices; with `normalize` (None: where K > 1) a token's sum to one.
+def combine_weights(
+    logits_TE: jax.Array, scores_TE: jax.Array, ids_TK: jax.Array, normalize: bool | None
+) -> jax.Array:
+    """The scores of the choices, softmax(logits); with `normalize` (None: where K > 1) a token's sum to one.
 
     A single weight would become the constant 1 and leave the router without a gradient (Switch Transformer,
     section 2.1).
     """
-    weights_TK = pick(scores_TE, ids_TK)
     normalize = ids_TK.shape[1] > 1 if normalize is None else normalize
-    return sum_to_one(weights_TK) if normalize else weights_TK
+    return softmax_of_chosen(logits_TE, ids_TK) if normalize else pick(scores_TE, ids_TK)
+
+
+def softmax_of_chosen(logits_TE: jax.Array, ids_TK: jax.Array) -> jax.Array:
+    """Softmax over a token's choices alone, 0 for none: what softmax scores are when they are made to sum to one.
+
+    From the logits, for the scores of choices that are far from the best may have no digits left to divide.
+    """
+    chosen_TK = ids_TK >= 0
+    logits_TK = pick(logits_TE.astype(jnp.float32), ids_TK)
+    largest_T1 = jnp.max(logits_TK, axis=1, keepdims=True, initial=-jnp.inf, where=chosen_TK)
+    largest_T1 = jax.lax.stop_gradient(jnp.where(jnp.isfinite(largest_T1), largest_T1, 0))
+    exp_TK = jnp.where(chosen_TK, jnp.exp(jnp.where(chosen_TK, logits_TK - largest_T1, 0)), 0)
+    total_T1 = jnp.sum(exp_TK, axis=1, keepdims=True)
+    return exp_TK / jnp.where(total_T1 > 0, total_T1, 1)
 
 
 def keep_decision(ids_TK: jax.Array) -> jax.Array:

@@ -87,7 +87,7 @@ class RoundedTopK(LinearRouter):
 
         ids_TK, dropped_T = by_group(decide, self.groups, wanted_TK, scores_TE, valid_T)
         ids_TK = keep_decision(ids_TK)
-        weights_TK = combine_weights(scores_TE, ids_TK, self.normalize)
+        weights_TK = combine_weights(logits_TE, scores_TE, ids_TK, self.normalize)
         return Routing(ids_TK, weights_TK, logits_TE, scores_TE, valid_T, wanted_TK, dropped_T)
 
     def _round(self, count_E: jax.Array) -> jax.Array:

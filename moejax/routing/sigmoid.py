@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moejax.routing.decision import Routing, only_valid, pick, sum_to_one, top_k_ids, valid_tokens
+from moejax.routing.decision import Routing, only_valid, softmax_of_chosen, top_k_ids, valid_tokens
 from moejax.routing.router import BadOption, LinearRouter, RouterState
 
 
@@ -72,8 +72,10 @@ class Sigmoid(LinearRouter):
         if self.limit_groups < self.expert_groups:
             eligible_TE = self._best_groups(eligible_TE)
         ids_TK = only_valid(top_k_ids(eligible_TE, self.top_k), valid_T)
-        weights_TK = self.scale * sum_to_one(pick(sigmoid_TE, ids_TK))
-        return Routing(ids_TK, weights_TK, logits_TE, sum_to_one(sigmoid_TE), valid_T)
+        # s / sum(s) is the softmax of log(s), which has all its digits also where s has none left.
+        log_sigmoid_TE = jax.nn.log_sigmoid(logits_TE)
+        weights_TK = self.scale * softmax_of_chosen(log_sigmoid_TE, ids_TK)
+        return Routing(ids_TK, weights_TK, logits_TE, jax.nn.softmax(log_sigmoid_TE, axis=-1), valid_T)
 
     def _best_groups(self, eligible_TE: jax.Array) -> jax.Array:
         eligible_TGL = eligible_TE.reshape(eligible_TE.shape[0], self.expert_groups, -1)

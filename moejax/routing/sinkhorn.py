@@ -66,7 +66,7 @@ class Sinkhorn(LinearRouter):
             ids_TK = keep_decision(by_group(decide, self.groups, logits_TE, valid_T))
         ids_TK = only_valid(ids_TK, valid_T)
         scores_TE = jax.nn.softmax(logits_TE, axis=-1)
-        weights_TK = combine_weights(scores_TE, ids_TK, self.normalize)
+        weights_TK = combine_weights(logits_TE, scores_TE, ids_TK, self.normalize)
         return Routing(ids_TK, weights_TK, logits_TE, scores_TE, valid_T)
 
     def _plan(self, logits_TE: jax.Array, valid_T: jax.Array) -> jax.Array:

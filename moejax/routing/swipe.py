@@ -74,7 +74,7 @@ class Swipe(LinearRouter):
             return Routing(wanted_TK, weights_TK, logits_TE, scores_TE, valid_T)
         ids_TK = keep_decision(by_group(self._assign, self.groups, logits_TE, valid_T))
         dropped_T = jnp.sum((wanted_TK >= 0) & (ids_TK < 0), axis=1, dtype=jnp.int32)
-        weights_TK = combine_weights(scores_TE, ids_TK, self.normalize)
+        weights_TK = combine_weights(logits_TE, scores_TE, ids_TK, self.normalize)
         return Routing(ids_TK, weights_TK, logits_TE, scores_TE, valid_T, wanted_TK, dropped_T)
 
     def _assign(self, logits_TE: jax.Array, valid_T: jax.Array) -> jax.Array:

@@ -76,7 +76,7 @@ class Topology(LinearRouter):
         arrays = (logits_TE, wanted_TK, pick(scores_TE, wanted_TK), numbers_T)
         ids_TK = keep_decision(by_group(self._limit, self.groups, *arrays))
         ids_TK = only_valid(ids_TK, valid_T)
-        weights_TK = combine_weights(scores_TE, ids_TK, self.normalize)
+        weights_TK = combine_weights(logits_TE, scores_TE, ids_TK, self.normalize)
         return Routing(ids_TK, weights_TK, logits_TE, scores_TE, valid_T)
 
     def _limit(self, logits_TE, wanted_TK, score_TK, numbers_T) -> jax.Array:

@@ -36,6 +36,16 @@ def top_k(logits, valid, k):
     return np.array(ids), np.zeros(len(logits), int)
 
 
+def softmax_of_chosen(logits, ids):
+    """[T, E], 0 where an expert is none of the token's choices."""
+    chosen = (ids[:, :, None] == np.arange(logits.shape[1])).any(axis=1)
+    scores = np.zeros(logits.shape)
+    for row, values, some in zip(scores, logits, chosen, strict=True):
+        if some.any():
+            row[some] = softmax(values[some])
+    return scores
+
+
 def combine(scores, ids, normalize):
     weights = np.where(ids >= 0, np.take_along_axis(scores, np.maximum(ids, 0), axis=1), 0.0)
     if normalize:

@@ -236,3 +236,34 @@ def test_experts_that_the_mesh_does_not_divide_are_refused():
         pytest.raises(ValueError, match=r"num_experts = 12: must be a multiple of mesh axis 'expert' \(8\)"),
     ):
         make_layer(1, num_experts=12)(draw()[0])
+
+
+@pytest.mark.parametrize(("activation", "layout"), [("swiglu", (2, 4)), ("gelu", None)], ids=str)
+def test_expert_biases_equal_every_expert_applied_to_every_token(activation, layout):
+    layer = make_layer(2, experts=activation, expert_bias=True)
+    for number, bias in enumerate((layer.experts.b_in, layer.experts.b_out)):
+        bias[...] = jax.random.normal(jax.random.key(number), bias.shape)
+    x, dy = draw()
+    mesh = layout and moejax.make_mesh(data=layout[0], expert=layout[1])
+
+    def dense(layer, x):
+        routing, experts = layer.router(x), layer.experts
+        y = jnp.zeros_like(x)
+        for e in range(E):
+            hidden = x @ experts.w_in[e].reshape(D, -1) + experts.b_in[e].reshape(1, -1)
+            a = jax.nn.gelu(hidden) if activation == "gelu" else jax.nn.silu(hidden[:, :F]) * hidden[:, F:]
+            weight = jnp.sum(jnp.where(routing.ids_TK == e, routing.weights_TK, 0), axis=1, keepdims=True)
+            y += weight * (a @ experts.w_out[e] + experts.b_out[e][None, :])
+        aux = 0.3 * moejax.losses.balance_loss(routing) + 0.1 * moejax.losses.z_loss(routing)
+        return jnp.sum(y * dy) + aux, y
+
+    graphdef, params = nnx.split(layer)
+    (_, expected), grads = jax.jit(
+        jax.value_and_grad(lambda p, x: dense(nnx.merge(graphdef, p), x), argnums=(0, 1), has_aux=True)
+    )(params, x)
+    y, _, actual, dx = layer_value_and_grads(layer, x, dy, mesh=mesh)
+    tolerance.assert_close(y, expected, tolerance.F32, "y")
+    tolerance.assert_close(dx, grads[1], tolerance.F32, "x")
+    for name in ("w_in", "w_out", "b_in", "b_out"):
+        reference = nnx.to_pure_dict(grads[0])["experts"][name]
+        tolerance.assert_close(actual["experts"][name], reference, tolerance.F32, name)

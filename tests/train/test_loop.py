@@ -424,7 +424,7 @@ def test_evaluation_holds_few_batches_at_once(monkeypatch):
     def eval_step(params, batch):
         dispatched.append(batch)
         most.append(len(dispatched) - len(fetched))
-        return float(batch), 2
+        return {"loss": float(batch), "tokens": 2}
 
     found = evaluate(eval_step, None, iter(range(2 * IN_FLIGHT + 3)), None)
     assert max(most) == IN_FLIGHT

@@ -66,11 +66,12 @@ def write_run(directory, router="topk", steps=6):
             "tokens_per_second": 100.0,
             "moe/max_vio": 0.25,
             "moe/dropped_fraction": 0.1,
+            "moe/dead_experts": 0,
         }
         detail = {f"moe/layers/{name}": value for name, value in layers.items()} if step % 2 else {}
         metrics.append({"step": step, **scalars, **detail})
         if step % 3 == 0:
-            metrics.append({"step": step, "eval/loss": 4 / step})
+            metrics.append({"step": step, "eval/loss": 4 / step, "eval/moe/max_vio": 0.1 * step})
     metrics.close()
     return directory
 
@@ -81,7 +82,15 @@ def test_one_page_has_everything_in_it(tmp_path):
     assert path == run / "report" / "report.html"
     page = Page(path.read_text(encoding="utf-8"))
     assert page.sources and all(source.startswith("data:image/png;base64,") for source in page.sources)
-    names = {"loss", "tokens_per_second", "moe_max_vio", "moe_dropped_fraction", "-td-run---co-load"}
+    assert "Zero at every step: Dead experts." in path.read_text(encoding="utf-8")
+    names = {
+        "loss",
+        "tokens_per_second",
+        "moe_max_vio",
+        "eval_moe_max_vio",
+        "moe_dropped_fraction",
+        "-td-run---co-load",
+    }
     assert names <= set(page.pictures)
     for name, picture in page.pictures.items():
         assert (run / "report" / f"{name}.png").read_bytes() == picture
@@ -123,11 +132,11 @@ def test_counts_preferences_and_pairs():
     ids = np.array([[0, 1]] * 10 + [[1, 2]] * 9 + [[0, -1]] + [[2, 0]] * 3)
     counts = count_choices(tokens, ids, 4, 3)
     assert counts.tolist() == [[10, 10, 0], [1, 9, 9], [3, 0, 3], [0, 0, 0]]
-    liked = preferences(counts, ["a", "b", "rare", "never"])
-    assert [[(one.text, round(one.share, 3)) for one in expert] for expert in liked] == [
-        [("a", 0.5)],
-        [("a", 0.5), ("b", 0.474)],
-        [("b", 0.474)],
+    liked = preferences(counts, np.bincount(tokens, minlength=4), ["a", "b", "rare", "never"])
+    assert [[(one.text, one.share) for one in expert] for expert in liked] == [
+        [("a", 1)],
+        [("a", 1), ("b", 0.9)],
+        [("b", 0.9)],
     ]
     together = pairs(ids, 3)
     assert together[0, 1] == pytest.approx(10 / (14 * 19 / 23)) and not np.diag(together).any()

@@ -22,6 +22,14 @@ _CURVES = {
     "tokens_per_second": ("Throughput", "tokens per second"),
     "grad_norm": ("Gradient norm", "norm"),
     "moe/max_vio": ("Balance: MaxVio of the worst layer", "largest load over mean load, minus 1"),
+    "eval/moe/max_vio": (
+        "Balance in evaluation: MaxVio of the worst layer",
+        "largest load over mean load, minus 1",
+    ),
+    "eval/moe/changed": (
+        "First choices that changed since the last evaluation",
+        "share of the watched tokens",
+    ),
     "moe/router_entropy": ("Router entropy, mean of the layers", "nats"),
     "moe/dropped_fraction": ("Dropped choices", "share of all choices"),
     "moe/rounds": ("Rounds of the exchange, most of any layer", "rounds"),
@@ -41,22 +49,26 @@ def loss_curves(runs: Sequence[Run]) -> Figure:
     return figure
 
 
-def curves(runs: Sequence[Run]) -> dict[str, Figure]:
-    """One picture per scalar that any run has, with a line per run."""
-    figures = {}
+def curves(runs: Sequence[Run]) -> tuple[dict[str, Figure], list[str]]:
+    """One picture per scalar that any run has, with a line per run; and the titles of those that are always zero."""
+    figures, always_zero = {}, []
     for field, (title, unit) in _CURVES.items():
         drawn = [(number, run, *run.series(field)) for number, run in enumerate(runs)]
         drawn = [(number, run, steps, values) for number, run, steps, values in drawn if len(steps)]
         if not drawn:
             continue
+        if not any(values.any() for *_, values in drawn):
+            always_zero.append(title)
+            continue
         figure, axes = _figure(title, unit)
         for number, run, steps, values in drawn:
-            axes.plot(steps, values, color=f"C{number}", linewidth=1.2, label=run.name)
+            line = "o-" if field.startswith("eval/") else "-"
+            axes.plot(steps, values, line, color=f"C{number}", linewidth=1.2, markersize=4, label=run.name)
         axes.set_ylim(bottom=0)
         if len(runs) > 1:
             axes.legend(fontsize=8)
         figures[field.replace("/", "_")] = figure
-    return figures
+    return figures, always_zero
 
 
 def load_over_time(run: Run) -> Figure | None:
@@ -66,7 +78,9 @@ def load_over_time(run: Run) -> Figure | None:
         return None
     num_layers, num_experts = load_NME.shape[1:]
     rows = -(-num_layers // 2)
-    figure = Figure(figsize=(9, 0.7 + rows * (1.1 + min(num_experts, 64) * 0.06)), layout="constrained")
+    figure = Figure(
+        figsize=(2 * WIDTH, 0.7 + rows * (1.1 + min(num_experts, 64) * 0.06)), layout="constrained"
+    )
     FigureCanvasAgg(figure)
     grid = figure.subplots(rows, min(2, num_layers), squeeze=False).ravel()
     # The numbers of a step hold until the next logged one.
@@ -108,7 +122,7 @@ def coactivation(pairs_MEE: np.ndarray) -> Figure:
     num_layers = len(pairs_MEE)
     columns = min(4, num_layers)
     rows = -(-num_layers // columns)
-    figure = Figure(figsize=(2.3 * columns + 0.9, 2.3 * rows), layout="constrained")
+    figure = Figure(figsize=(2.9 * columns + 1, 2.9 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for layer, axes in enumerate(grid):

@@ -53,7 +53,10 @@ def write_report(directories: Sequence[str | os.PathLike[str]], output: str | No
         folder.mkdir(parents=True, exist_ok=True)
         names = ", ".join(run.name for run in runs)
         body = [f"<h1>{html.escape(names)}</h1>", _summary(runs), _differences(runs)]
-        body += ["<h2>Training</h2>", album.show({"loss": figures.loss_curves(runs), **figures.curves(runs)})]
+        drawn, always_zero = figures.curves(runs)
+        body += ["<h2>Training</h2>", album.show({"loss": figures.loss_curves(runs), **drawn})]
+        if always_zero:
+            body.append(f'<p class="note">Zero at every step: {html.escape(", ".join(always_zero))}.</p>')
         for run in runs:
             body += _experts(run, album)
         text = _document(names, body)
@@ -103,7 +106,7 @@ def _with_different_names(runs: list[Run]) -> list[Run]:
 def _summary(runs: Sequence[Run]) -> str:
     head = (
         "run", "router", "steps", "last loss", "last eval/loss", "best eval/loss", "tokens/s (median)",
-        "MaxVio (last tenth)", "dropped", "dead experts", "most rounds",
+        "MaxVio (last tenth)", "MaxVio (evaluation)", "dropped", "dead experts", "most rounds",
     )  # fmt: skip
     rows = []
     for run in runs:
@@ -120,6 +123,7 @@ def _summary(runs: Sequence[Run]) -> str:
                 _number(min(losses) if len(losses) else None),
                 _number(value("tokens_per_second", np.median), ",.0f"),
                 _number(value("moe/max_vio", last_tenth), ".2f"),
+                _number(run.evaluations[-1].get("eval/moe/max_vio") if run.evaluations else None, ".2f"),
                 _number(value("moe/dropped_fraction", np.mean), ".2%"),
                 _number(value("moe/dead_experts", lambda v: v[-1]), ".0f"),
                 _number(value("moe/rounds", np.max), ".0f"),
@@ -157,7 +161,8 @@ def _experts(run: Run, album: Album) -> list[str]:
         return [*body, f'<p class="note">No table of the experts\' tokens: {html.escape(reason)}</p>']
     note = (
         f"From {found.tokens:,} tokens of the validation text, with the checkpoint of step {found.step}. A token "
-        "stands with the share of its choices that go to the expert; only tokens of which it has more than of all text."
+        "stands with the share of its places in the text at which it goes to the expert; only tokens of which the "
+        "expert has more than of all text. Share: of all choices."
     )
     return [*body, "<h3>Which tokens each expert prefers</h3>", f'<p class="note">{note}</p>', _tokens(found)]
 

@@ -34,8 +34,8 @@ class Run:
     evaluations: list[dict[str, Any]]
 
     def series(self, field: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps at which a field of the training steps was logged, and its values."""
-        lines = [line for line in self.steps if field in line]
+        """Steps at which a field of the training steps or of the evaluations was logged, and its values."""
+        lines = [line for line in (*self.steps, *self.evaluations) if field in line]
         return np.array([line["step"] for line in lines]), np.array([line[field] for line in lines], float)
 
     def losses(self) -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,7 @@ from train.data import load_corpus, load_tokenizer, validation_batches
 from train.errors import ConfigError
 from train.evaluate import restore_params
 from train.model import ModelSpec, product_precision
+from train.observe import coactivation
 from train.report.runs import Run
 
 _TOKENS = 16_384
@@ -30,7 +31,7 @@ class Preference:
 
     Fields:
       text: of the token.
-      share: of the token's choices that go to this expert.
+      share: of the token's places in the text at which it goes to this expert.
     """
 
     text: str
@@ -86,12 +87,15 @@ def specialisation(run: Run) -> Specialisation | None:
     num_experts = config.model.moe.num_experts
     texts = [tokenizer.decode([token]) for token in range(tokenizer.vocab_size)]
     counts_MVE = [count_choices(all_tokens_T, ids, len(texts), num_experts) for ids in all_ids_MTK]
+    placed_MT = np.any(all_ids_MTK >= 0, axis=2)
+    places_MV = [np.bincount(all_tokens_T[placed_T], minlength=len(texts)) for placed_T in placed_MT]
+    liked = [preferences(*counts, texts) for counts in zip(counts_MVE, places_MV, strict=True)]
     load_ME = np.stack([counts_VE.sum(axis=0) for counts_VE in counts_MVE]).astype(float)
     return Specialisation(
         step,
         len(all_tokens_T),
         load_ME / np.maximum(load_ME.sum(axis=1, keepdims=True), 1),
-        [preferences(counts_VE, texts) for counts_VE in counts_MVE],
+        liked,
         np.stack([pairs(ids, num_experts) for ids in all_ids_MTK]),
     )
 
@@ -111,30 +115,30 @@ def count_choices(tokens_T: np.ndarray, ids_TK: np.ndarray, vocabulary: int, num
     return counts_VE
 
 
-def preferences(counts_VE: np.ndarray, texts: list[str]) -> list[list[Preference]]:
-    """For each expert the tokens of which it has the largest share, above its share of everything."""
-    total_V = counts_VE.sum(axis=1)
-    share_VE = counts_VE / np.maximum(total_V, 1)[:, None]
-    overall_E = counts_VE.sum(axis=0) / max(counts_VE.sum(), 1)
-    often_V = total_V >= _AT_LEAST
+def preferences(counts_VE: np.ndarray, places_V: np.ndarray, texts: list[str]) -> list[list[Preference]]:
+    """For each expert the tokens that go there at most of their places, the more frequent of equal ones first.
+
+    Args:
+      counts_VE: how often each token chose each expert.
+      places_V: at how many places each token stands.
+    """
+    share_VE = counts_VE / np.maximum(places_V, 1)[:, None]
+    overall_E = counts_VE.sum(axis=0) / max(places_V.sum(), 1)
+    often_V = places_V >= _AT_LEAST
     result = []
     for expert in range(counts_VE.shape[1]):
         liked = np.flatnonzero(often_V & (share_VE[:, expert] > overall_E[expert]))
-        best = liked[np.argsort(-share_VE[liked, expert], kind="stable")][:_SHOWN]
+        best = liked[np.lexsort((-places_V[liked], -share_VE[liked, expert]))][:_SHOWN]
         result.append([Preference(texts[token], float(share_VE[token, expert])) for token in best])
     return result
 
 
 def pairs(ids_TK: np.ndarray, num_experts: int) -> np.ndarray:
-    """[E, E]: tokens that chose both experts over tokens * P(one) * P(other); the diagonal is 0."""
+    """[E, E]: `coactivation` of the experts that these tokens chose."""
     chosen_TE = np.zeros((len(ids_TK), num_experts))
     rows, columns = np.nonzero(ids_TK >= 0)
     chosen_TE[rows, ids_TK[rows, columns]] = 1
-    together_EE = chosen_TE.T @ chosen_TE
-    count_E = chosen_TE.sum(axis=0)
-    apart_EE = count_E[:, None] * count_E[None, :] / max(len(ids_TK), 1)
-    ratio_EE = together_EE / np.maximum(apart_EE, 1e-9)
-    return np.where(np.eye(num_experts, dtype=bool), 0, ratio_EE)
+    return coactivation(chosen_TE.T @ chosen_TE, len(ids_TK))
 
 
 def try_specialisation(run: Run) -> tuple[Specialisation | None, str]:
