@@ -16,7 +16,7 @@ from moejax.cost import peak_flops
 from tests import tolerance
 from tests.moejax import oracle
 from tests.train import small
-from train.config import LogConfig, ModelConfig, MoEConfig, OptimizerConfig
+from train.config import LogConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig
 from train.errors import TrainingFailed
 from train.model import ModelSpec
 from train.program import _compiler_options
@@ -24,8 +24,8 @@ from train.reporter import Reporter
 from train.step import make_loss
 
 
-def losses(run, data, expert, steps):
-    trainer = small.Steps(run, data, expert)
+def losses(run, data, expert, steps, **axes):
+    trainer = small.Steps(run, data, expert, **axes)
     reports = [trainer.take(small.random_batch(run, seed % 5)) for seed in range(steps)]
     return np.asarray([[float(r["loss"]), float(r["aux_loss"]), float(r["grad_norm"])] for r in reports])
 
@@ -36,6 +36,38 @@ def test_layouts_train_alike(layout):
     expected = losses(run, 1, 1, 10)
     np.testing.assert_allclose(losses(run, *layout, 10), expected, rtol=tolerance.F32_MODEL)
     assert expected[-1, 0] < expected[0, 0] - 0.01, "it learns"
+
+
+@pytest.mark.slow
+def test_split_in_every_way_at_once_it_trains_alike():
+    # Capacity so small that every step takes further rounds.
+    run = small.config(steps=50)
+    moe = dataclasses.replace(run.model.moe, capacity_factor=0.5)
+    split = dataclasses.replace(
+        run, mesh=MeshConfig(fsdp=True), model=dataclasses.replace(run.model, moe=moe)
+    )
+    expected = losses(run, 1, 1, 5)
+    actual = losses(split, 2, 2, 5, tensor=2)
+    np.testing.assert_allclose(actual, expected, rtol=tolerance.F32_MODEL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "moe",
+    [
+        dict(exchange="all_gather"),
+        dict(exchange="ragged", capacity_factor=0.6),
+        dict(exchange="auto", chunks=2),
+        dict(shadow=2),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("axes", [dict(expert_node=2), dict(tensor=2)], ids=str)
+def test_every_exchange_trains_alike(moe, axes):
+    run = small.config(steps=50)
+    moe = dataclasses.replace(run.model.moe, **moe)
+    other = dataclasses.replace(run, model=dataclasses.replace(run.model, moe=moe))
+    np.testing.assert_allclose(losses(other, 1, 2, 5, **axes), losses(run, 1, 1, 5), rtol=tolerance.F32_MODEL)
 
 
 @pytest.mark.slow
@@ -64,7 +96,9 @@ class DenseMoE(moejax.MoE):
         load = jnp.zeros(self.num_experts, jnp.int32)
         nothing = jnp.float32(0)
         router = moejax.RouterStats(load.astype(jnp.float32), *[nothing] * 5)
-        return y.reshape(x.shape), moejax.MoEStats(aux, balance, z, load, zero, zero, zero, router)
+        return y.reshape(x.shape), moejax.MoEStats(
+            aux, balance, z, load, zero, zero, zero, zero, jnp.ones(1), router
+        )
 
 
 @pytest.mark.parametrize("layout", [(1, 1), (2, 4)], ids=str)
@@ -169,6 +203,19 @@ def test_one_expert_counts_as_dead_when_it_gets_no_token():
     assert int(metrics["moe/dead_experts"]) >= 2 * (512 - chosen)
     assert float(metrics["moe/max_vio"]) > 0 and int(metrics["moe/rounds"]) == 1
     assert float(metrics["moe/dropped_fraction"]) == 0 and int(metrics["moe/invalid"]) == 0
+
+
+def test_fsdp_splits_matrices_and_their_moments():
+    run = small.config(mesh=MeshConfig(fsdp=True))
+    trainer = small.Steps(run, 2, 2, tensor=2)
+    specs = {
+        jax.tree_util.keystr(path): leaf.sharding.spec
+        for path, leaf in jax.tree_util.tree_leaves_with_path(trainer.state)
+    }
+    experts_in = [spec for name, spec in specs.items() if "w_in" in name]
+    assert len(experts_in) == 3, "the parameter and AdamW's two moments"
+    assert all(tuple(spec) == (None, "expert", "data", None, "tensor") for spec in experts_in)
+    assert all("data" not in spec for name, spec in specs.items() if "norm" in name)
 
 
 def test_nnx_state_and_plain_parameters_are_the_same_tree():
