@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from custom_ops.varying import vary_alike, vary_like, varying_axes
+from moejax.order import after
 
 # (x_TD, weights_TK, ids_TK) -> (y_TD, served_TK, further facts)
 Pass = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array, Any]]
@@ -75,13 +76,14 @@ def _run_forward(rule: _Rounds, captured, x_TD, weights_TK, ids_TK):
 
     start = (y_TD, first_left_TK, is_any_left, vary_like(jnp.int32(1), x_TD))
     y_TD, left_TK, _, rounds = jax.lax.while_loop(lambda carry: carry[2], one_more, start)
-    saved = (pull, captured, x_TD, weights_TK, first_left_TK, is_any_left)
+    saved = (pull, captured, x_TD, weights_TK, first_left_TK, is_any_left, rounds)
     return (y_TD, left_TK, rounds, facts), saved
 
 
 def _run_backward(rule: _Rounds, saved, cotangents):
-    pull, captured, x_TD, weights_TK, left_TK, is_any_left = saved
-    dy_TD, *_ = cotangents
+    pull, captured, x_TD, weights_TK, left_TK, is_any_left, rounds = saved
+    # Under a linear loss nothing else would keep the forward loop and what follows apart.
+    dy_TD = after(cotangents[0], rounds)
     operands = (captured, x_TD, weights_TK)
 
     def one_more(carry):
