@@ -29,6 +29,7 @@ from moejax.losses import (
     z_loss,
 )
 from moejax.mesh import ambient_mesh, expert_axes, make_varying, over_tokens, tensor_axes, token_axes
+from moejax.order import after, together
 from moejax.routing import Router, Routing, make_router
 from moejax.routing.check import check_routing
 from moejax.shadow import Shadow, replicate_module
@@ -258,6 +259,9 @@ class MoE(nnx.Module):
         )
         y_TD = jax.lax.psum(part_TD, parts) if parts else part_TD
         account = make_varying(jax.lax.stop_gradient(account), (*axes, *parts))
+        if axes:
+            # The sums of the statistics come after the loop of rounds,
+            y_TD, routing, ids_TK, in_range_TK = together((y_TD, routing, ids_TK, in_range_TK))
         same = lambda number: jax.lax.pmax(number, parts) if parts else number  # noqa: E731
         count = lambda choices_TK: jax.lax.psum(jnp.sum(choices_TK, dtype=jnp.int32), axes)  # noqa: E731
         stats = MoEStats(
@@ -270,6 +274,8 @@ class MoE(nnx.Module):
             fill_V=same(jax.lax.pmean(account.fill_V, axes)),
             router=router_stats(routing, axes),
         )
+        if axes:
+            y_TD = after(y_TD, stats)  # and what follows, here and in backward, comes after them.
         return y_TD.astype(x_TD.dtype), stats
 
     def _losses(self, routing: Routing, axes, sequence_length, batch_load) -> dict[str, jax.Array]:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from custom_ops.varying import vary_alike, vary_like, varying_axes
-from moejax.order import after
+from moejax.order import waiting
 
 # (x_TD, weights_TK, ids_TK) -> (y_TD, served_TK, further facts)
 Pass = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array, Any]]
@@ -83,7 +83,7 @@ def _run_forward(rule: _Rounds, captured, x_TD, weights_TK, ids_TK):
 def _run_backward(rule: _Rounds, saved, cotangents):
     pull, captured, x_TD, weights_TK, left_TK, is_any_left, rounds = saved
     # Under a linear loss nothing else would keep the forward loop and what follows apart.
-    dy_TD = after(cotangents[0], rounds)
+    dy_TD = waiting(cotangents[0], rounds)
     operands = (captured, x_TD, weights_TK)
 
     def one_more(carry):
