@@ -79,7 +79,7 @@ def deliver(
     factor = CAPACITY_FACTOR if capacity_factor is None else capacity_factor
     travelling_TK = admitted_TK
     if shadow is not None:
-        hot_TD, is_hot_TK = serve_hot(
+        hot_TD, is_hot_TK, x_TD = serve_hot(
             x_TD, admitted_TK, weights_TK, shadow, num_experts=num_experts, axes=axes
         )
         travelling_TK = jnp.where(is_hot_TK, -1, admitted_TK)

@@ -38,7 +38,7 @@ def in_rounds(
       facts.
     """
     x_TD, weights_TK, ids_TK = vary_alike(x_TD, weights_TK, ids_TK)
-    (first, again), captured = _hoist([first, again], x_TD, weights_TK, ids_TK)
+    (first, again), captured = hoist([first, again], x_TD, weights_TK, ids_TK)
     # The gradient of a captured array that is the same along an axis is summed along that axis, within the loop; then
     # the devices of that axis must take equally many rounds too, or they would wait for each other forever.
     shared = {axis for array in captured for axis in varying_axes(x_TD) - varying_axes(array)}
@@ -108,13 +108,13 @@ def _with_ids(function, ids_TK, captured, x_TD, weights_TK):
     return y_TD, (served_TK, facts)
 
 
-def _hoist(
-    functions: Sequence[Pass], *examples: jax.Array
+def hoist(
+    functions: Sequence[Callable[..., Any]], *examples: Any
 ) -> tuple[list[Callable[..., Any]], list[jax.Array]]:
     """What the functions close over and are differentiated by, as one list that each takes as first argument."""
     captured: list[jax.Array] = []
 
-    def convert(function: Pass) -> Callable[..., Any]:
+    def convert(function: Callable[..., Any]) -> Callable[..., Any]:
         converted, constants = jax.closure_convert(function, *examples)
         known = {id(array): index for index, array in enumerate(captured)}
         captured.extend(array for array in constants if id(array) not in known)

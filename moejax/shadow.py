@@ -14,9 +14,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from custom_ops import make_plan
+from custom_ops.varying import vary_alike
 from moejax.dispatch import ExpertsFn
 from moejax.losses import expert_load
 from moejax.mesh import make_varying
+from moejax.order import together
+from moejax.rounds import hoist
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,11 @@ def serve_hot(
     *,
     num_experts: int,
     axes: Sequence[str],
-) -> tuple[jax.Array, jax.Array]:
-    """What the S experts most chosen in this batch, by the devices along `axes`, contribute to y_TD; and served_TK.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What the S experts most chosen in this batch, by the devices along `axes`, contribute to y_TD; served_TK; x_TD.
 
-    Room is for S different hot experts per token; what repeats an expert beyond that is left to the usual way.
+    Room is for S different hot experts per token; what repeats an expert beyond that is left to the usual way, which
+    must start from the x_TD returned: then the copies are made before it, and their gradients are summed after its own.
     """
     load_E = expert_load(ids_TK, num_experts, axes)
     _, hot_S = jax.lax.top_k(load_E, shadow.count)
@@ -51,7 +55,9 @@ def serve_hot(
     slot_TK = jnp.where(jnp.any(is_slot_TKS, axis=-1), jnp.argmax(is_slot_TKS, axis=-1), -1)
     plan = make_plan(slot_TK, shadow.count)
     plan = plan.first_rows(ids_TK.shape[0] * min(shadow.count, ids_TK.shape[1]))
-    return shadow.copy(hot_S)(x_TD, plan, weights_TK), plan.served_TK
+    (serve,), copies = hoist([shadow.copy(hot_S)], x_TD, plan, weights_TK)
+    x_TD, *copies = together(vary_alike(x_TD, *copies))
+    return serve(copies, x_TD, plan, weights_TK), plan.served_TK, x_TD
 
 
 def replicate(w_L: jax.Array, hot_S: jax.Array, axes: Sequence[str]) -> jax.Array:
