@@ -17,14 +17,16 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
+from moejax.mesh import ambient_mesh
+
 Tree = TypeVar("Tree")
 
 
 def after(tree: Tree, others: Any) -> Tree:
     """The same arrays, but on CPU none is there before all of `others` are; in backward, neither are their cotangents.
 
-    For use inside `shard_map`: each device waits for its own part. All arrays of `tree` must vary over the mesh axes
-    over which `others` do. No gradient flows to `others`.
+    Inside `shard_map` each device waits for its own part, and all arrays of `tree` must vary over the mesh axes over
+    which `others` do. No gradient flows to `others`.
     """
     number = _number(jax.lax.stop_gradient(others))
     return jax.tree.map(lambda array: _after(array, number), tree)
@@ -44,6 +46,22 @@ def waiting(tree: Tree, others: Any) -> Tree:
     return jax.tree.map(lambda array: _tied(array, number), tree)
 
 
+def gradients_first(x: jax.Array, params: Any) -> tuple[jax.Array, Any]:
+    """Both as they are, but on CPU the cotangent of x is not there before those of `params` are."""
+    return _gradients_first(x, params)
+
+
+@jax.custom_vjp
+def _gradients_first(x: jax.Array, params: Any) -> tuple[jax.Array, Any]:
+    return x, params
+
+
+_gradients_first.defvjp(
+    lambda x, params: ((x, params), None),
+    lambda _, cotangents: (waiting(cotangents[0], cotangents[1]), cotangents[1]),
+)
+
+
 @jax.custom_vjp
 def _after(array: jax.Array, number: jax.Array) -> jax.Array:
     return _tied(array, number)
@@ -60,7 +78,9 @@ def _together(tree: Tree) -> Tree:
     return waiting(tree, tree)
 
 
-_together.defvjp(lambda tree: (_together(tree), None), lambda _, cotangents: (waiting(cotangents, cotangents),))
+_together.defvjp(
+    lambda tree: (_together(tree), None), lambda _, cotangents: (waiting(cotangents, cotangents),)
+)
 
 
 def _number(tree: Any) -> jax.Array:
@@ -77,7 +97,7 @@ def _number(tree: Any) -> jax.Array:
 
 
 def _tied(array: jax.Array, number: jax.Array) -> jax.Array:
-    if array.dtype == jax.dtypes.float0:
+    if array.dtype == jax.dtypes.float0 or ambient_mesh().size <= 1:
         return array
     return jax.lax.platform_dependent(array, number, cpu=_selected, default=lambda array, _: array)
 

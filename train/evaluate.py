@@ -118,7 +118,7 @@ def evaluate_run(run_dir: str) -> tuple[float, int]:
         batch_size = math.ceil(config.data.batch_size / mesh.size) * mesh.size
         rows = process_rows(mesh, batch_size)
         batches = validation_batches(corpus, batch_size, config.data.sequence_length, rows=rows)
-        evaluation = evaluate(jax.jit(make_eval_step(spec)), params, batches, mesh)
+        evaluation = evaluate(jax.jit(make_eval_step(spec, mesh)), params, batches, mesh)
     loss, tokens = evaluation.loss(), evaluation.tokens()
     line = f"eval/loss {loss:.6f} at step {step} over {tokens:,} tokens"
     try:

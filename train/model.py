@@ -132,9 +132,10 @@ class ModelSpec:
         is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
         return nnx.to_pure_dict(jax.tree.map(axes, self.abstract, is_leaf=is_variable))
 
-    def shardings(self, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-        """Each parameter's sharding on `mesh`, in the tree of `init_params`."""
-        return nnx.to_pure_dict(state_shardings(self.abstract, mesh, fsdp=self.config.mesh.fsdp))
+    def shardings(self, mesh: jax.sharding.Mesh, *, fsdp: bool | None = None) -> dict[str, Any]:
+        """Each parameter's sharding on `mesh`, in the tree of `init_params`; `fsdp`: default `mesh.fsdp`."""
+        fsdp = self.config.mesh.fsdp if fsdp is None else fsdp
+        return nnx.to_pure_dict(state_shardings(self.abstract, mesh, fsdp=fsdp))
 
     def abstract_params(self, mesh: jax.sharding.Mesh | None) -> dict[str, Any]:
         """Shape, dtype and sharding of each parameter; without a mesh, on one device."""
