@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from moejax.capacity import within_capacity
 from moejax.dispatch import ExpertsFn, dispatch
-from moejax.levels import CAPACITY_FACTOR, REPEAT_FACTOR, Levels, make_levels
+from moejax.levels import REPEAT_FACTOR, Levels, default_factor, make_levels
 from moejax.rounds import Pass, in_rounds
 from moejax.shadow import Shadow, serve_hot
 from moejax.wire import bytes_per_number
@@ -67,7 +67,9 @@ def deliver(
       exchange: name in `levels.EXCHANGES`.
       overflow: name in `OVERFLOWS`.
       capacity_factor: size of every buffer, under "drop" also of every expert's capacity, in units of what balanced
-        choices need; None: `CAPACITY_FACTOR`, or `DROP_CAPACITY_FACTOR` under "drop".
+        choices need; infinite: room for whatever may arrive, and no loop. None: `DROP_CAPACITY_FACTOR` under "drop",
+        otherwise `CAPACITY_FACTOR` on a GPU and infinite on CPU, where memory is plenty and a loop needs care from
+        whoever writes collectives around the layer (`moejax.order`).
       chunks: pieces in which the tokens go, so that one piece can travel while another is computed.
       shadow: the experts to be copied to every device for this batch.
       wire: compression of the rows between devices, name in `wire.WIRES`.
@@ -76,7 +78,7 @@ def deliver(
     if overflow == "drop":
         capacity_factor = DROP_CAPACITY_FACTOR if capacity_factor is None else capacity_factor
         admitted_TK = within_capacity(ids_TK, num_experts, capacity_factor, token_axes)
-    factor = CAPACITY_FACTOR if capacity_factor is None else capacity_factor
+    factor = default_factor() if capacity_factor is None else capacity_factor
     travelling_TK = admitted_TK
     if shadow is not None:
         hot_TD, is_hot_TK, x_TD = serve_hot(

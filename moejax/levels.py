@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import jax
 
+from custom_ops.target import target
 from moejax.cost import NETWORK, NVLINK, exchange_seconds, share_of_tokens
 from moejax.exchange import AllGather, AllToAll, Exchange
 from moejax.mesh import EXPERT_AXES
@@ -53,6 +54,11 @@ class Levels:
         return dataclasses.replace(self, exchanges=self.exchanges[1:])
 
 
+def default_factor() -> float:
+    """Size of the buffers of rounds where none is given, for the platform that is traced for."""
+    return math.inf if target().platform == "cpu" else CAPACITY_FACTOR
+
+
 def make_levels(
     axes: Sequence[str],
     *,
@@ -70,7 +76,7 @@ def make_levels(
       num_tokens: T, on this device.
       row_bytes: of one row on the wire.
       exchange: name in `EXCHANGES`.
-      factor: size of every buffer in units of what balanced choices fill on average.
+      factor: size of every buffer in units of what balanced choices fill on average; may be infinite.
       wire: name in `WIRES`.
 
     Raises:
@@ -84,7 +90,7 @@ def make_levels(
         P = jax.lax.axis_size(axis)
         below //= P
         share = share_of_tokens(num_experts, below, top_k)
-        bucket = min(_row_count(factor * share * sources * num_tokens), max(rows, 1))
+        bucket = _row_count(factor * share * sources * num_tokens, at_most=rows)
         name = exchange
         if exchange == "auto":
             shapes = {"tokens": rows, "bucket_rows": bucket, "share": share, "devices": P}
@@ -104,7 +110,7 @@ def make_levels(
         sources *= P
     if not exchanges:
         return Levels((), num_experts)
-    expert_rows = _row_count(factor * num_tokens * top_k)
+    expert_rows = _row_count(factor * num_tokens * top_k, at_most=rows * top_k)
     if expert_rows >= rows * top_k:
         return Levels(tuple(exchanges), below, None, can_overflow)
     return Levels(tuple(exchanges), below, expert_rows, True)
@@ -118,5 +124,7 @@ def check_experts(num_experts: int, sizes: Mapping[str, int]) -> None:
         raise ValueError(f"num_experts = {num_experts}: must be a multiple of mesh axis {names} ({size})")
 
 
-def _row_count(rows: float) -> int:
-    return max(math.ceil(rows / ROW_TILE), 1) * ROW_TILE
+def _row_count(rows: float, *, at_most: int) -> int:
+    # `rows` may be infinite, or with no token at all not a number.
+    wanted = math.ceil(rows / ROW_TILE) * ROW_TILE if rows < at_most else at_most
+    return max(min(wanted, at_most), 1)

@@ -88,7 +88,7 @@ class MoE(nnx.Module):
       overflow: what becomes of choices beyond the static buffers, name in `OVERFLOWS`: "rounds" carries them out in
         further rounds, "drop" drops and counts them.
       buffer_factor: size of the buffers, under "drop" also of every expert's capacity, in units of what balanced
-        choices need; None takes the policy's own.
+        choices need; None takes the policy's own (with rounds 1.15 on GPUs; on CPU room for whatever may arrive).
       chunks: pieces in which the tokens go through the layer, so that one travels while another is computed.
       shadow: number of experts, those in most demand in each batch, that are copied to every device of the expert
         axes, so that their tokens do not travel.

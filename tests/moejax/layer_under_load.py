@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 import moejax
 from custom_ops.varying import vary_like
 from moejax.functional import deliver, on_rows
+from moejax.levels import CAPACITY_FACTOR
 from moejax.mesh import make_varying
 from moejax.shadow import Shadow, replicate
 
@@ -69,6 +70,8 @@ class Layer:
     """
 
     def __init__(self, mesh, num_experts, *, shadow=0, varying=True, **options):
+        if options.get("overflow") != "drop":
+            options.setdefault("capacity_factor", CAPACITY_FACTOR)  # on CPU as on GPUs
         axes = tuple(axis for axis in ("expert_node", "expert") if mesh.shape[axis] > 1)
         tokens = P(tuple(mesh.axis_names))
 

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 import moejax
+from moejax.levels import CAPACITY_FACTOR
 from tests import tolerance
 from tests.moejax import oracle
 from tests.moejax.layer_under_load import make_mesh
@@ -84,7 +85,7 @@ def draw(skew=0.0, seed=0):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_equals_oracle_on_every_layout(layout):
-    assert_equals_oracle(make_layer(2), *draw(), mesh=make_mesh(*layout))
+    assert_equals_oracle(make_layer(2, buffer_factor=CAPACITY_FACTOR), *draw(), mesh=make_mesh(*layout))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +127,10 @@ def test_shadowed_experts_of_a_split_width():
     # The two experts in most demand never travel, so that a skewed load needs no further rounds.
     mesh = moejax.make_mesh(expert=2, tensor=2, devices=jax.devices()[:4])
     plain, shadowed = (
-        assert_equals_oracle(make_layer(2, shadow=count), *draw(skew=6.0), mesh=mesh) for count in (0, 2)
+        assert_equals_oracle(
+            make_layer(2, shadow=count, buffer_factor=CAPACITY_FACTOR), *draw(skew=6.0), mesh=mesh
+        )
+        for count in (0, 2)
     )
     assert int(shadowed.rounds) == 1 < int(plain.rounds)
 

@@ -12,6 +12,7 @@ from flax import nnx
 
 import moejax
 from moejax import order
+from moejax.levels import CAPACITY_FACTOR
 from tests.collective_order import loops_with_collectives, side_by_side
 from tests.moejax.layer_under_load import Layer, draw, make_mesh
 from tests.moejax.loads import hot_expert
@@ -24,7 +25,9 @@ def weighted_sum(depth, mesh, *, scanned=False, **options):
 
     Few tokens and a skewed router: several rounds.
     """
-    make = lambda seed: moejax.MoE(D, D, E, top_k=K, z_weight=0.1, rngs=nnx.Rngs(seed), **options)  # noqa: E731
+    make = lambda seed: moejax.MoE(  # noqa: E731
+        D, D, E, top_k=K, z_weight=0.1, buffer_factor=CAPACITY_FACTOR, rngs=nnx.Rngs(seed), **options
+    )
     layers = [nnx.split(make(seed)) for seed in range(depth)]
     graphdef = layers[0][0]
     params = [state for _, state in layers]

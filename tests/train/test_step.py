@@ -14,6 +14,7 @@ from flax import nnx
 import moejax
 from moejax.cost import peak_flops
 from tests import tolerance
+from tests.collective_order import loops_with_collectives, side_by_side
 from tests.moejax import oracle
 from tests.train import small
 from train.config import LogConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig
@@ -36,6 +37,32 @@ def test_layouts_train_alike(layout):
     expected = losses(run, 1, 1, 10)
     np.testing.assert_allclose(losses(run, *layout, 10), expected, rtol=tolerance.F32_MODEL)
     assert expected[-1, 0] < expected[0, 0] - 0.01, "it learns"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        dict(axes=dict(expert=8)),
+        pytest.param(dict(axes=dict(data=2, expert=4), layers=6, remat="full"), marks=pytest.mark.slow),
+        pytest.param(dict(axes=dict(data=2, expert=4), fsdp=True), marks=pytest.mark.slow),
+        pytest.param(
+            dict(axes=dict(expert_node=2, expert=2, tensor=2), accumulation=2), marks=pytest.mark.slow
+        ),
+    ],
+    ids=str,
+)
+def test_no_collective_runs_beside_a_loop_of_rounds(case):
+    run = small.config(mesh=MeshConfig(fsdp=case.get("fsdp", False)))
+    moe = dataclasses.replace(run.model.moe, capacity_factor=1.15, shadow=1)
+    model = dataclasses.replace(
+        run.model, num_layers=case.get("layers", 2), remat=case.get("remat", "none"), moe=moe
+    )
+    optimizer = dataclasses.replace(run.optimizer, accumulation_steps=case.get("accumulation", 1))
+    steps = small.Steps(dataclasses.replace(run, model=model, optimizer=optimizer), **case["axes"])
+    with jax.set_mesh(steps.mesh):
+        text = steps.step.lower(steps.state, steps.put(small.random_batch(run, 0))).compile().as_text()
+    assert loops_with_collectives(text) >= 2
+    assert not side_by_side(text)
 
 
 @pytest.mark.slow
