@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -52,6 +53,9 @@ def make_mesh(
       expert: devices of a node that its experts are split over.
       tensor: devices that the hidden width of every FFN is split over.
 
+    Warns:
+      UserWarning: on GPUs, `expert` goes over several nodes. It works, but a token crosses the network more often.
+
     Raises:
       ValueError: the axes do not use exactly the devices there are.
     """
@@ -62,7 +66,25 @@ def make_mesh(
     if math.prod(shape) != len(devices):
         sizes = " x ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape, strict=True))
         raise ValueError(f"a mesh of {sizes} needs {math.prod(shape)} devices, got {len(devices)}")
-    return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+    grid = np.asarray(devices).reshape(shape)
+    if devices[0].platform == "gpu" and (nodes := most_nodes(grid)) > 1:
+        warnings.warn(
+            f"expert = {expert}: the axis crosses {nodes} nodes, so a token crosses the network once per device that "
+            f"it goes to there, up to {expert // nodes} times instead of once; split it into expert_node={nodes}, "
+            f"expert={expert // nodes}",
+            stacklevel=2,
+        )
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def most_nodes(grid: np.ndarray) -> int:
+    """Largest number of nodes along the `expert` axis of a grid of devices with the axes of `make_mesh`.
+
+    A GPU's node is its `slice_index`; where a device has none, its process counts.
+    """
+    node = np.vectorize(lambda device: getattr(device, "slice_index", device.process_index), otypes=[int])
+    by_line = np.moveaxis(node(grid), MESH_AXES.index(EXPERT_AXES[-1]), -1).reshape(-1, grid.shape[2])
+    return max(len(set(line)) for line in by_line.tolist())
 
 
 def ambient_mesh() -> AbstractMesh:

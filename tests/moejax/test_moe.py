@@ -1,5 +1,7 @@
 """The MoE layer against the dense oracle, in value and in every gradient, on every layout."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from flax import nnx
 
 import moejax
 from moejax.levels import CAPACITY_FACTOR
+from moejax.mesh import most_nodes
 from tests import tolerance
 from tests.moejax import oracle
 from tests.moejax.layer_under_load import make_mesh
@@ -268,3 +271,18 @@ def test_experts_that_the_mesh_does_not_divide_are_refused():
         pytest.raises(ValueError, match=r"num_experts = 12: must be a multiple of mesh axis 'expert' \(8\)"),
     ):
         make_layer(1, num_experts=12)(draw()[0])
+
+
+def test_an_expert_axis_across_nodes_is_pointed_out():
+    def gpus(count, per_node):
+        return [
+            types.SimpleNamespace(id=i, platform="gpu", slice_index=i // per_node, process_index=i)
+            for i in range(count)
+        ]
+
+    grid = lambda *shape: np.asarray(gpus(16, 8)).reshape(shape)  # noqa: E731
+    assert most_nodes(grid(1, 1, 16, 1)) == 2
+    assert most_nodes(grid(1, 2, 8, 1)) == most_nodes(grid(2, 1, 8, 1)) == most_nodes(grid(4, 1, 2, 2)) == 1
+    message = "expert = 16: the axis crosses 2 nodes.*up to 8 times.*expert_node=2, expert=8"
+    with pytest.raises(UserWarning, match=message):  # as an error, so that no mesh of such devices is made
+        moejax.make_mesh(expert=16, devices=gpus(16, 8))
