@@ -126,5 +126,5 @@ def check_experts(num_experts: int, sizes: Mapping[str, int]) -> None:
 
 def _row_count(rows: float, *, at_most: int) -> int:
     # `rows` may be infinite, or with no token at all not a number.
-    wanted = math.ceil(rows / ROW_TILE) * ROW_TILE if rows < at_most else at_most
+    wanted = max(math.ceil(rows / ROW_TILE), 1) * ROW_TILE if rows < at_most else at_most
     return max(min(wanted, at_most), 1)
