@@ -2,8 +2,8 @@
 
 XLA's CPU client runs whatever its operands are ready for, on several threads. Collectives of one computation it starts
 in order and runs to their end; but between a loop with collectives inside and a collective (or another loop) outside it
-keeps the order of the starts only, and none at all in programs that come from the compilation cache. Running side by
-side, they meet under one name, since jax gives all collectives the same channel: the process aborts, crashes or hangs.
+keeps the order of the starts only (by its source none at all in programs that come from the compilation cache). Side by
+side they meet under one name, since jax gives all collectives the same channel: the process aborts, crashes or hangs.
 Of all orders only a data dependence holds at run time (an `optimization_barrier` is gone by then). It costs a selection
 per array, and nothing on devices whose streams keep the order by themselves.
 """
