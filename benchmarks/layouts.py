@@ -54,9 +54,9 @@ def losses(run: TrainConfig, data: int, expert: int) -> np.ndarray:
         reports = []
         for _ in range(STEPS):
             state, metrics = program.train_step(state, device_batch(next(batches), mesh))
-            reports.append([metrics[name] for name in ("loss", "aux_loss", "grad_norm")])
+            reports.append(jax.device_get([metrics[name] for name in ("loss", "aux_loss", "grad_norm")]))
         batches.close()
-        return np.asarray(jax.device_get(reports), np.float64)
+        return np.asarray(reports, np.float64)
 
 
 def main() -> None:

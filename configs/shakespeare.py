@@ -21,10 +21,10 @@ from train.config import (
 
 
 def config() -> TrainConfig:
-    """4 MoE layers of 8 experts, 2 per token; each batch 32 × 64 characters."""
+    """4 MoE layers of 8 experts, 2 per token; each batch 16 × 128 characters."""
     return TrainConfig(
-        steps=620,
-        data=DataConfig(path="tinyshakespeare.txt", tokenizer="char", batch_size=32, sequence_length=64),
+        steps=660,
+        data=DataConfig(path="tinyshakespeare.txt", tokenizer="char", batch_size=16, sequence_length=128),
         model=ModelConfig(num_heads=2, moe=MoEConfig(num_experts=8, top_k=2, d_hidden=80)),
         optimizer=OptimizerConfig(
             name="muon",

@@ -155,10 +155,19 @@ class Checkpoints:
         self._swept = False
         if self._primary:
             self._sweep()
-        newest = self.latest_step()
-        left = "there is no earlier one" if newest is None else f"the newest one is that of step {newest}"
         reason = " ".join(str(error).split())
-        return TrainingFailed(f"the checkpoint of step {step} could not be written: {reason}; {left}")
+        return TrainingFailed(
+            f"the checkpoint of step {step} could not be written: {reason}; {self.describe()}"
+        )
+
+    def describe(self) -> str:
+        """Which checkpoint there is to go on from, for messages."""
+        newest = self.latest_step()
+        return (
+            "there is no checkpoint yet"
+            if newest is None
+            else f"the newest checkpoint is that of step {newest}"
+        )
 
     def wait(self) -> None:
         """Finish the save in progress.

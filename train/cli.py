@@ -5,18 +5,21 @@ Nothing here imports jax until a command needs it, so that help and errors of in
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import logging
 import os
 import pathlib
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from train.config import TrainConfig
 from train.errors import ConfigError, RunError, TrainingFailed
 from train.fields import convert, leaf_types, nearest, override, shown, unknown_field
+from train.logs import logged_to
 
 MAX_CPU_DEVICES = 4096
 
@@ -99,7 +102,8 @@ def main(argv: list[str] | None = None) -> int:
     words = Words()
     try:
         take_apart(sys.argv[1:] if argv is None else argv, words)
-        code = _run(words)
+        with _warnings_shown():
+            code = _run(words)
         sys.stdout.flush()
         return code
     except RunError as error:
@@ -124,6 +128,16 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
         print("error:", " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
         return TrainingFailed.exit_code
+
+
+@contextlib.contextmanager
+def _warnings_shown() -> Iterator[None]:
+    """Where no run's monitor shows them, warnings are lines such as `warning: ...` on standard error."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("warning: %(message)s"))
+    handler.setLevel(logging.WARNING)
+    with logged_to([handler]):
+        yield
 
 
 def take_apart(argv: list[str], words: Words) -> None:
@@ -238,7 +252,7 @@ def _generate(argument: str, options: Mapping[str, str]) -> int:
     rules: list[tuple[str, bool, str]] = [
         ("prompt", bool(chosen.prompt), "must be given and not empty"),
         ("prompt", _is_unicode(chosen.prompt), "must be valid UTF-8"),
-        ("max_tokens", chosen.max_tokens >= 1, "must be at least 1"),
+        ("max_tokens", 1 <= chosen.max_tokens < 2**31, "must be between 1 and 2147483647"),
         ("temperature", 0 <= chosen.temperature < float("inf"), "must be a finite number of at least 0"),
         ("top_k", chosen.top_k is None or chosen.top_k >= 1, "must be at least 1"),
         ("top_p", chosen.top_p is None or 0 < chosen.top_p <= 1, "must be above 0 and at most 1"),

@@ -95,8 +95,12 @@ def load_python(path: str | os.PathLike[str]) -> TrainConfig:
 
 
 def save_config(config: TrainConfig, path: str | os.PathLike[str]) -> None:
-    """Write every field as YAML, such that `load_config` gives the same config back; the file is replaced."""
+    """Write every field as YAML, such that `load_config` gives the same config back; the file is replaced.
+
+    All but `workdir`: a run directory may be moved, and a config that comes from it begins a run of its own.
+    """
     path = pathlib.Path(path)
+    config = dataclasses.replace(config, workdir=None)
     # ASCII only: PyYAML writes some Unicode line ends (U+0085) such that they come back as spaces.
     text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=False, width=1_000_000)
     scratch = path.with_name(path.name + ".new")
@@ -121,6 +125,21 @@ def load_config(path: str | os.PathLike[str]) -> TrainConfig:
     if not isinstance(values, dict):
         raise ConfigError("CONFIG", path, "must be a YAML mapping of config fields")
     return build(TrainConfig, values)
+
+
+def earlier_config(workdir: pathlib.Path) -> TrainConfig | None:
+    """The config of the run that `workdir` holds, None where there is no run.
+
+    Raises:
+      ConfigError: it has checkpoints, but nothing says any more with which config they were made.
+    """
+    path = workdir / "config.yaml"
+    if path.exists():
+        return load_config(path)
+    if any(workdir.glob("checkpoints/*")):
+        rule = "has checkpoints, but not the config.yaml that they were made with; choose another workdir"
+        raise ConfigError("workdir", workdir, rule)
+    return None
 
 
 def with_absolute_paths(config: TrainConfig, earlier: TrainConfig | None = None) -> TrainConfig:
@@ -182,6 +201,8 @@ def _why_not_found(path: pathlib.Path) -> str:
         return f"is a run directory; its config is {path / 'config.yaml'}"
     if os.path.isfile(path):
         return "must be a .py file, a .yaml file, or the name of a shipped config"
+    if os.path.isdir(path):
+        return "is a folder; must be a .py file, a .yaml file, or the name of a shipped config"
     folder = path.parent
     beside = [str(other) for pattern in ("*.py", "*.yaml", "*.yml") for other in folder.glob(pattern)]
     known = shipped_names() + [other for other in beside if not pathlib.Path(other).stem.startswith("_")]

@@ -18,6 +18,10 @@ from train.errors import ConfigError
 
 T = TypeVar("T")
 
+# Likeness of two names, 0 to 1, from which on one may be a slip for the other.
+_ALIKE = 0.4
+# So many names can be listed in one line.
+_FEW = 12
 _NONE_WORDS = ("None", "null")
 _TRUTH = {"true": True, "false": False}
 
@@ -114,15 +118,17 @@ def unknown_field(field: str, value: object, known: Iterable[str]) -> ConfigErro
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`; the nearest is …`: the known name most like this one, empty when none is known.
+    """`; the nearest is …`: the known name most like this one; where none is like it, all of a few, else nothing.
 
     A known name that ends in the same part (`top_k`, `model.moe.top_k`) is nearer than one spelt alike.
     """
     known = list(known)
     last = name.rsplit(".", 1)[-1].lstrip("-")
     same_ending = [other for other in known if other.rsplit(".", 1)[-1].lstrip("-") == last]
-    match = difflib.get_close_matches(name, same_ending or known, n=1, cutoff=0.0)
-    return f"; the nearest is {match[0]}" if match else ""
+    match = difflib.get_close_matches(name, same_ending or known, n=1, cutoff=0.0 if same_ending else _ALIKE)
+    if match:
+        return f"; the nearest is {match[0]}"
+    return f"; there are {', '.join(known)}" if 0 < len(known) <= _FEW else ""
 
 
 def shown(value: object, limit: int = 120) -> str:

@@ -14,6 +14,7 @@ from train.config_io import load_config
 from train.data import load_tokenizer
 from train.errors import ConfigError
 from train.evaluate import restore_params
+from train.fields import shown
 from train.model import ModelSpec, product_precision
 
 _SHORTEST = 16  # tokens for which the first program is compiled
@@ -86,8 +87,10 @@ def generate_run(
         return draw(logits_V, key), cache
 
     window = config.data.sequence_length
-    ids = np.concatenate([[tokenizer.separator], tokenizer.encode(prompt)]).astype(np.int32)
-    context = ids[-window:]
+    # As in training: a document begins without a separator, which belongs to the end of the one before.
+    context = np.asarray(tokenizer.encode(prompt), np.int32)[-window:]
+    if not len(context):
+        raise ConfigError("--prompt", shown(prompt), "has no token in the run's tokenizer")
     cache = spec.merge(params).init_cache(1, window)
     decoder = tokenizer.decoder()
     yield prompt

@@ -15,7 +15,7 @@ from moejax.cost import peak_flops, train_flops_per_token
 from train import processes
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig
-from train.config_io import load_config, refuse_other_run, save_config, with_absolute_paths
+from train.config_io import earlier_config, refuse_other_run, save_config, with_absolute_paths
 from train.data import (
     Corpus,
     Tokenizer,
@@ -29,8 +29,9 @@ from train.errors import ConfigError, Interrupted
 from train.evaluate import evaluate
 from train.feed import abstract_batch, device_batch, process_rows
 from train.lock import lock_run
+from train.logs import held_back
 from train.model import ModelSpec, make_mesh, product_precision
-from train.monitor import Bystander, Monitor, held_back
+from train.monitor import Bystander, Monitor
 from train.program import make_program
 from train.reporter import Reporter
 from train.signals import stop_signals
@@ -53,7 +54,7 @@ def train(config: TrainConfig, name: str) -> None:
     # ---- input: everything that can be refused is refused before the workdir exists ----
     validate(config, jax.device_count())
     workdir = _workdir(config, name)
-    earlier = load_config(workdir / "config.yaml") if (workdir / "config.yaml").exists() else None
+    earlier = earlier_config(workdir)
     config = with_absolute_paths(config, earlier)
     if earlier is not None:
         refuse_other_run(workdir, earlier, config)
@@ -103,7 +104,7 @@ def train(config: TrainConfig, name: str) -> None:
         stack.push(monitor)
         for record in warnings:
             log.handle(record)
-        reporter = Reporter(monitor, program.spec, mesh)
+        reporter = Reporter(monitor, program.spec, mesh, checkpoints.describe)
         log.info("run directory: %s", workdir)
         _introduce(program.spec, corpus, mesh, first)
 
@@ -198,7 +199,9 @@ def _introduce(spec: ModelSpec, corpus: Corpus, mesh: Mesh, first: int) -> None:
     if corpus.ignored_files:
         log.warning("data.path: %d files of no known kind were left out", corpus.ignored_files)
     log.info("devices: %d x %s as %s", mesh.size, mesh.devices.flat[0].device_kind, dict(mesh.shape))
-    if first:
+    if first == spec.config.steps:
+        log.info("already finished: all %d steps are done", first)
+    elif first:
         log.info("going on after step %d", first)
 
 

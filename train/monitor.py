@@ -15,6 +15,7 @@ import numpy as np
 
 from train.config import LogConfig
 from train.errors import TrainingFailed
+from train.logs import logged_to
 from train.metrics import LAYERS, Metrics
 from train.tensorboard import Board
 from train.terminal import Terminal, make_terminal
@@ -63,13 +64,12 @@ class Monitor:
 
         self._logger = logging.getLogger("moejax")
         self._level_before = self._logger.level
-        self._propagate_before, self._logger.propagate = self._logger.propagate, False
         self._logger.setLevel(logging.INFO)
         self._file_handler = _LogFile(run_dir / "log.txt", encoding="utf-8")
         self._file_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self._terminal_handler = _TerminalHandler(self._terminal)
-        for handler in (self._file_handler, self._terminal_handler):
-            self._logger.addHandler(handler)
+        self._logging = contextlib.ExitStack()
+        self._logging.enter_context(logged_to([self._file_handler, self._terminal_handler]))
         self._last_step, self._last_time = start_step, time.perf_counter()
 
     def __enter__(self) -> Monitor:
@@ -120,10 +120,6 @@ class Monitor:
         with contextlib.suppress(OSError):
             self._terminal.evaluation(step, loss)
 
-    def message(self, text: str) -> None:
-        """Write a line to `log.txt` and the terminal."""
-        self._logger.info(text)
-
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Leave the time of a block, such as an evaluation, out of the time per step."""
@@ -137,12 +133,11 @@ class Monitor:
         """Close every file and leave the terminal in order; a second call does nothing."""
         with contextlib.suppress(OSError):
             self._terminal.close()
+        self._logging.close()
         for handler in (self._file_handler, self._terminal_handler):
-            self._logger.removeHandler(handler)
             with contextlib.suppress(OSError):  # what a full disk did not take is tried once more here
                 handler.close()
         self._logger.setLevel(self._level_before)
-        self._logger.propagate = self._propagate_before
         self._metrics.close()
         if self._board is not None:
             with contextlib.suppress(OSError):  # a full disk has been reported by then
@@ -191,29 +186,6 @@ class Bystander:
     def paused(self) -> Iterator[None]:
         """Nothing is timed here."""
         yield
-
-
-@contextlib.contextmanager
-def held_back() -> Iterator[list[logging.LogRecord]]:
-    """Collect what is logged in the block, while there is no monitor to show it; give it to one by `log.handle`."""
-    logger, collector = logging.getLogger("moejax"), _Collector()
-    propagate, logger.propagate = logger.propagate, False
-    logger.addHandler(collector)
-    try:
-        yield collector.records
-    finally:
-        logger.removeHandler(collector)
-        logger.propagate = propagate
-
-
-class _Collector(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.records: list[logging.LogRecord] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keep it."""
-        self.records.append(record)
 
 
 class _LogFile(logging.FileHandler):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,8 +17,9 @@ from train.model import ModelSpec
 from train.monitor import Bystander, Monitor
 from train.step import Metrics
 
-# Steps whose metrics may wait on the device.
-MAX_AHEAD = 32
+# Steps whose metrics may wait on the device. XLA's CPU client holds 32 computations of a device at once; a thread that
+# launches one more waits, and on several devices the slowest may need that very thread: a deadlock.
+MAX_AHEAD = 16
 
 
 class Reporter:
@@ -25,10 +27,20 @@ class Reporter:
 
     Every step's metrics are looked at, so a NaN is named with its step, whatever `log.every` is; the host is never more
     than MAX_AHEAD steps ahead of the device.
+
+    Args:
+      describe_checkpoint: says which checkpoint a failed run is left with.
     """
 
-    def __init__(self, monitor: Monitor | Bystander, spec: ModelSpec, mesh: Mesh):
+    def __init__(
+        self,
+        monitor: Monitor | Bystander,
+        spec: ModelSpec,
+        mesh: Mesh,
+        describe_checkpoint: Callable[[], str],
+    ):
         self._monitor = monitor
+        self._describe_checkpoint = describe_checkpoint
         self._check_finite = FiniteCheck(spec)
         self._finite_parts = jax.jit(self._check_finite, out_shardings=NamedSharding(mesh, P()))
         self._device = mesh.local_mesh.devices.flat[0]
@@ -63,7 +75,7 @@ class Reporter:
         if broken is not None:
             raise TrainingFailed(
                 f"step {step}: the update made parameters NaN or Inf, {broken} first; "
-                "lower optimizer.learning_rate; earlier checkpoints are intact"
+                f"lower optimizer.learning_rate; {self._describe_checkpoint()}"
             )
 
     def _refuse_nan(self, step: int, metrics: dict[str, np.ndarray]) -> None:
@@ -81,7 +93,7 @@ class Reporter:
         else:
             where = f"grad_norm {float(metrics['grad_norm'])}, aux_loss {float(metrics['aux_loss'])}"
         raise TrainingFailed(
-            f"step {step}: loss {float(metrics['loss'])}: {where}; earlier checkpoints are intact"
+            f"step {step}: loss {float(metrics['loss'])}: {where}; {self._describe_checkpoint()}"
         )
 
     def _scalars(self, metrics: dict[str, np.ndarray]) -> dict[str, float]:

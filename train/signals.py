@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +15,8 @@ import jax
 from jax.experimental import multihost_utils
 
 log = logging.getLogger("moejax")
+
+_SHOW_CURSOR = "\x1b[?25h"
 
 
 class Stop:
@@ -48,8 +52,14 @@ def stop_signals() -> Iterator[Stop]:
     stop = Stop()
 
     def request(number: int, _: Any) -> None:
+        if stop.number:
+            # Not by an exception: jax swallows one that strikes in a callback of its own, while it compiles.
+            sys.stderr.write(
+                f"{_SHOW_CURSOR if sys.stderr.isatty() else ''}error: stopped at once by signal {number}\n"
+            )
+            sys.stderr.flush()
+            os._exit(128 + number)
         stop.number = number
-        signal.signal(number, previous[number])
         log.warning(
             "signal %d: a checkpoint is written after this step; the same again stops at once", number
         )

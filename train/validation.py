@@ -24,6 +24,7 @@ def whole(low: int, high: int) -> Rule:
 # Steps, tokens and rows are counted in 32 bits on the device; the rest is bounded far above what has been built.
 COUNT, COUNT_OR_ZERO = whole(1, 2**31 - 1), whole(0, 2**31 - 1)
 WIDTH = whole(1, 2**20)
+_MAX_ELEMENTS = 2**31 - 1
 LAYERS = whole(1, 10_000)
 POSITIVE: Rule = ("must be a positive finite number", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE: Rule = ("must be a finite number of at least 0", lambda value: 0 <= value < math.inf)
@@ -127,6 +128,7 @@ def validate(config: TrainConfig, num_devices: int) -> None:
     mesh = resolve_mesh(config.mesh, num_devices)
     _check_moe(config)
     _check_widths(config, mesh)
+    _check_sizes(config)
     _check_batch(config, mesh)
 
 
@@ -296,6 +298,27 @@ def _check_router(config: TrainConfig) -> None:
     if moe.routing.load_weight and moe.router != "noisy":
         rule = f"must be 0 or unset: only router noisy knows the chances of its choices, not {moe.router}"
         raise ConfigError(group + "load_weight", moe.routing.load_weight, rule)
+
+
+def _check_sizes(config: TrainConfig) -> None:
+    """Arrays are indexed with 32 bits: what is larger could not be addressed on a device."""
+    model, moe, data = config.model, config.model.moe, config.data
+    if data.batch_size * data.sequence_length > _MAX_ELEMENTS:
+        rule = f"times data.sequence_length ({data.sequence_length}) must be at most {_MAX_ELEMENTS}"
+        raise ConfigError("data.batch_size", data.batch_size, rule)
+    columns = 2 if model.activation == "swiglu" else 1
+    hidden = model.d_hidden or 8 * model.d_model // 3
+    if model.d_model * hidden * columns > _MAX_ELEMENTS:
+        rule = f"times model.d_model ({model.d_model}) and {columns} must be at most {_MAX_ELEMENTS}"
+        raise ConfigError("model.d_hidden", hidden, rule)
+    if not moe_layer_numbers(model.moe_layers, model.num_layers):
+        return
+    experts = moe.num_experts // (config.mesh.expert_node * config.mesh.expert)
+    d_hidden = moe.d_hidden or max(hidden // (moe.top_k or 1), 1)
+    if experts * model.d_model * d_hidden * columns > _MAX_ELEMENTS:
+        factors = f"experts of a device ({experts}), model.d_model ({model.d_model}) and {columns}"
+        rule = f"times {factors} must be at most {_MAX_ELEMENTS}; a larger mesh.expert leaves a device fewer experts"
+        raise ConfigError("model.moe.d_hidden", d_hidden, rule)
 
 
 def _check_batch(config: TrainConfig, mesh: MeshConfig) -> None:

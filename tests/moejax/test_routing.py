@@ -5,6 +5,7 @@ The routers' linear layer is replaced by the identity, so that x is the logits; 
 
 import contextlib
 import dataclasses
+import math
 from functools import partial
 
 import jax
@@ -18,7 +19,7 @@ import moejax
 from moejax.losses import balance_loss, importance_loss, load_loss, z_loss
 from moejax.mesh import over_tokens, token_axes, token_sharding
 from moejax.routing import ROUTERS, make_router
-from moejax.routing.noisy import chance_of_choice
+from moejax.routing.noisy import chance_of_choice, normal_cdf
 from moejax.routing.router import LinearRouter
 from tests import tolerance
 from tests.moejax import naive_routing as naive
@@ -466,3 +467,15 @@ def test_a_routers_wrong_answer_is_named(field, value, message):
     layer = moejax.MoE(E, 4, E, router=Wrong(E, E, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=message):
         layer(jnp.asarray(draw_logits()))
+
+
+def test_normal_cdf_and_its_slope():
+    z = np.linspace(-9, 9, 2001).astype(np.float32)
+    value, slope = jax.vmap(jax.value_and_grad(normal_cdf))(z)
+    exact = [0.5 * math.erfc(-float(number) * math.sqrt(0.5)) for number in z]
+    tolerance.assert_close(value, exact, tolerance.F32, "value")
+    density = np.exp(-0.5 * z.astype(np.float64) ** 2) / math.sqrt(2 * math.pi)
+    tolerance.assert_close(slope, density, tolerance.F32, "slope")
+    # Far out, where only a share of it is left, too: the exponential's own error is all there is.
+    tails = z < -3
+    tolerance.assert_close(value[tails] / np.asarray(exact)[tails], np.ones(tails.sum()), 4 * tolerance.F32)

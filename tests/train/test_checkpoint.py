@@ -355,7 +355,7 @@ class TestProcesses:
             line for line in lines if line.startswith("the checkpoint of step 2 could not be written: ")
         ]
         assert len(failures) == 2, out
-        assert all(line.endswith("; the newest one is that of step 1") for line in failures)
+        assert all(line.endswith("; the newest checkpoint is that of step 1") for line in failures)
         assert lines[-2:] == ["1 ['1']", "2"]
 
     def test_error_of_the_background_surfaces_at_the_next_save(self, checkpoints, monkeypatch):

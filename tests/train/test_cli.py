@@ -108,7 +108,7 @@ def test_train_again_from_the_yaml_of_a_run(trained, run_directory):
         ("train quickstart --cpu-devices 0", "--cpu-devices = 0: must be between 1 and 4096"),
         ("train quickstart --cpu-devices many", "--cpu-devices = many: must be an integer"),
         ("eval", "RUN = (nothing): must be given"),
-        ("eval nowhere", "RUN = nowhere: no such run directory; the nearest is run"),
+        ("eval nowhere", "RUN = nowhere: no such run directory; there are run"),
         ("eval .", "RUN = .: is not a run directory, for it has no config.yaml"),
         ("eval run --steps 3", "steps = 3: no such field"),
         ("generate run", "--prompt = '': must be given and not empty"),
@@ -118,7 +118,7 @@ def test_train_again_from_the_yaml_of_a_run(trained, run_directory):
             "--temperature = -1.0: must be a finite number of at least 0",
         ),
         ("generate run --prompt a --top_p 0", "--top_p = 0.0: must be above 0 and at most 1"),
-        ("generate run --prompt a --max-tokens 0", "--max_tokens = 0: must be at least 1"),
+        ("generate run --prompt a --max-tokens 0", "--max_tokens = 0: must be between 1 and 2147483647"),
         (
             "generate run --prompt a --temprature 1",
             "temprature = 1: no such field; the nearest is temperature",

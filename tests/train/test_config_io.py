@@ -10,6 +10,7 @@ from train import config_io
 from train.config import DataConfig, MeshConfig, MoEConfig, TrainConfig
 from train.config_io import (
     differing_fields,
+    earlier_config,
     find_config,
     load_config,
     load_python,
@@ -39,9 +40,11 @@ def test_yaml_gives_back_exactly_what_was_saved(tmp_path_factory, config):
     path = tmp_path_factory.mktemp("yaml") / "config.yaml"
     save_config(config, path)
     loaded = load_config(path)
-    assert loaded == config
+    # Where the run lay is not saved.
+    expected = dataclasses.replace(config, workdir=None)
+    assert loaded == expected
     assert [type(value) for value in flatten(loaded).values()] == [
-        type(value) for value in flatten(config).values()
+        type(value) for value in flatten(expected).values()
     ]
     assert os.listdir(path.parent) == ["config.yaml"]
 
@@ -196,3 +199,12 @@ def test_what_may_not_change_on_resume_is_named_with_both_values():
         "workdir = runs/x: holds another run: seed (0 there, 3 now), model.moe.top_k (None there, 2 now); "
         "choose another workdir"
     )
+
+
+def test_checkpoints_of_an_unknown_config_are_not_gone_on_with(tmp_path):
+    assert earlier_config(tmp_path) is None
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"^workdir = .*: has checkpoints, but not the config\.yaml"):
+        earlier_config(tmp_path)
+    save_config(dataclasses.replace(TrainConfig(), steps=7, workdir="somewhere"), tmp_path / "config.yaml")
+    assert earlier_config(tmp_path) == TrainConfig(steps=7), "where it lay is not part of it"

@@ -181,3 +181,22 @@ def test_moe_layer_numbers(text, numbers):
 def test_moe_layer_numbers_refuses(text):
     with pytest.raises(ConfigError, match=r"model\.moe_layers = .*layer numbers from 0 to 4"):
         moe_layer_numbers(text, 5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data.batch_size": "2000000000"}, r"data.batch_size = 2000000000: times data.sequence_length"),
+        (
+            {"model.d_model": "1048576", "model.moe.d_hidden": "1048576"},
+            r"model.d_hidden = 2796202: times model.d_model \(1048576\) and 2 must be at most 2147483647",
+        ),
+        (
+            {"model.moe.num_experts": "1048576", "model.moe.d_hidden": "100000"},
+            r"model.moe.d_hidden = 100000: times experts of a device \(1048576\), model.d_model \(128\) and 2",
+        ),
+    ],
+)
+def test_sizes_beyond_32_bits(fields, message):
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        validate(override(TrainConfig(), fields), 1)

@@ -93,7 +93,7 @@ class TestMonitor:
         with make_monitor(tmp_path, screen) as monitor:
             monitor.train(1, {"loss": 2.5, "moe/max_vio": 0.25})
             monitor.evaluation(1, 2.25)
-            monitor.message("hello")
+            logging.getLogger("moejax").info("hello")
             logging.getLogger("moejax").warning("careful")
         train, evaluation = read(tmp_path / "metrics.jsonl")
         assert next(iter(train)) == "step" and train["loss"] == 2.5 and train["tokens"] == 64
@@ -147,7 +147,7 @@ class TestMonitor:
     def test_full_disk_fails_the_run_at_once(self, tmp_path, tensorboard):
         (tmp_path / "tensorboard").mkdir()
         script = f"""
-import resource, signal
+import logging, resource, signal
 from pathlib import Path
 from train.config import LogConfig
 from train.errors import TrainingFailed
@@ -159,7 +159,7 @@ try:
         monitor.train(1, {{"loss": 1.0}})
         resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
         for step in range(2, 40):
-            monitor.message("x" * 100)
+            logging.getLogger("moejax").info("x" * 100)
             monitor.train(step, {{"loss": 1.0}})
 except TrainingFailed as error:
     print(error)
@@ -179,7 +179,7 @@ except TrainingFailed as error:
         with make_monitor(tmp_path, Gone()) as monitor:
             monitor.train(1, {"loss": 1.0})
             monitor.evaluation(1, 1.0)
-            monitor.message("x")
+            logging.getLogger("moejax").info("x")
         assert len(list(read(tmp_path / "metrics.jsonl"))) == 2
 
     def test_tensorboard_events(self, tmp_path):
@@ -235,7 +235,7 @@ class TestTerminal:
         controller, user = pty.openpty()
         with os.fdopen(user, "w") as stream:
             with make_monitor(tmp_path, stream) as monitor:
-                monitor.message("[bold]hello[/bold]")
+                logging.getLogger("moejax").info("[bold]hello[/bold]")
                 monitor.train(10, {"loss": 2.5, "moe/max_vio": 0.25})
                 monitor.evaluation(10, 2.25)
                 monitor.train(20, {"loss": 2.0, "moe/max_vio": 0.5})

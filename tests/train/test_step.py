@@ -283,7 +283,7 @@ def test_a_nan_is_traced_to_its_layer(place, value, message):
     trainer.state = dataclasses.replace(
         trainer.state, params=spoiled(trainer.state.params, *place, value=value)
     )
-    reporter = Reporter(None, trainer.spec, trainer.mesh)
+    reporter = Reporter(None, trainer.spec, trainer.mesh, lambda: "there is no checkpoint yet")
     reporter.add(7, trainer.take(small.random_batch(small.config(), 0)), logged=False)
     with pytest.raises(TrainingFailed, match=f"step 7: .*{message}"):
         reporter.flush()
@@ -291,7 +291,7 @@ def test_a_nan_is_traced_to_its_layer(place, value, message):
 
 def test_parameters_that_an_update_broke_are_named_with_their_layer():
     trainer = four_layers()
-    reporter = Reporter(None, trainer.spec, trainer.mesh)
+    reporter = Reporter(None, trainer.spec, trainer.mesh, lambda: "there is no checkpoint yet")
     reporter.refuse_broken(7, trainer.state.params)
     params = spoiled(trainer.state.params, 1, 1, "ffn", "experts", "w_in", value=np.inf)
     with pytest.raises(

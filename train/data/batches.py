@@ -63,11 +63,6 @@ class TrainingBatches(Iterator[Batch]):
         """The next batch."""
         return next(self._iterator)
 
-    @property
-    def windows_per_epoch(self) -> int:
-        """Windows that hold every training token once."""
-        return self._windows.count
-
     def get_state(self) -> dict[str, Any]:
         """A small JSON-serialisable dict; batches read ahead but not handed out do not count."""
         return {"next_batch": self._iterator.get_state()["next_index"], **self._identity}

@@ -42,7 +42,7 @@ def equal(a, b):
 
 def rows_by_epoch(batches, epochs):
     """{epoch: rows}, where a row is (window, tokens, targets)."""
-    count = batches.windows_per_epoch
+    count = batches._windows.count
     found = {epoch: [] for epoch in range(epochs)}
     while True:
         batch = next(batches)
