@@ -51,6 +51,18 @@ class DispatchPlan:
         """int32, the token of each row; -1 for an empty row."""
         return jnp.where(self.choice_N >= 0, self.choice_N // self.num_choices, -1)
 
+    def first_rows(self, count: int) -> "DispatchPlan":
+        """Of a packed plan, not `unique`, its first `count` rows alone: the choices behind them are clipped."""
+        ends_P = jnp.minimum(jnp.cumsum(self.group_sizes_P, dtype=jnp.int32), count)
+        position_TK = jnp.where(self.position_TK < count, self.position_TK, -1)
+        return dataclasses.replace(
+            self,
+            position_TK=position_TK,
+            choice_N=self.choice_N[:count],
+            group_sizes_P=jnp.diff(ends_P, prepend=jnp.zeros_like(ends_P[:1])),
+            served_TK=position_TK >= 0,
+        )
+
     def choices_to_rows(self, values_TK: jax.Array) -> jax.Array:
         """[N]: the value of each row's choice, 0 for an empty row."""
         return _take_or_zero(values_TK.reshape(-1), self.choice_N)
@@ -210,13 +222,13 @@ def _order_by_counting(dest_M: jax.Array, P: int) -> tuple[jax.Array, jax.Array,
 
     def step(seen_CP, dest_C):
         here_CP = dest_C[:, None] == lax.broadcasted_iota(jnp.int32, (1, P), 1)
-        return seen_CP + here_CP, jnp.sum(jnp.where(here_CP, seen_CP, 0), axis=1)
+        return seen_CP + here_CP, jnp.sum(jnp.where(here_CP, seen_CP, 0), axis=1, dtype=jnp.int32)
 
     seen_CP, rank_SC = lax.scan(step, vary_like(jnp.zeros((lanes, P), jnp.int32), dest_M), dest_CS.T)
     counts_P = jnp.sum(seen_CP, axis=0, dtype=jnp.int32)
     # A lane's first row of destination p stands behind all smaller destinations and all earlier lanes.
     starts_P = jnp.cumsum(counts_P, dtype=jnp.int32) - counts_P
-    starts_CP = starts_P[None, :] + jnp.cumsum(seen_CP, axis=0) - seen_CP
+    starts_CP = starts_P[None, :] + jnp.cumsum(seen_CP, axis=0, dtype=jnp.int32) - seen_CP
     starts_M = jnp.take_along_axis(starts_CP, jnp.minimum(dest_CS, P - 1), axis=1)
     slot_M = jnp.where(dest_CS < P, starts_M + rank_SC.T, M).reshape(-1)[:M]
     choice_M = (

@@ -1,9 +1,13 @@
-"""What a step costs: floating-point operations, and what devices can do.
+"""What a step costs: floating-point operations, bytes between devices, and what devices can do.
 
-Shapes: D model width, F hidden width, L layers, S positions, H heads, h width of a head.
+Shapes: D model width, F hidden width, L layers, S positions, H heads, h width of a head, T tokens of a device,
+P devices on an axis, B rows of a bucket, E experts, K experts per token.
 """
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass
 
 # Dense peak of one device in FLOP/s by type of product, from the vendors' data sheets, without sparsity. f32 is true
 # f32, as `precision = f32` computes: not TF32, which has a mantissa of 10 bits.
@@ -36,3 +40,63 @@ def train_flops_per_token(
     backward (PaLM, appendix B, with the mask counted).
     """
     return 6 * active_matrix_parameters + 6 * num_layers * d_model * sequence_length
+
+
+def share_of_tokens(num_experts: int, below: int, top_k: int) -> float:
+    """Chance that one of K different experts, chosen without preference, is among the `below` of one destination.
+
+    1 - C(E - below, K) / C(E, K).
+    """
+    if top_k > num_experts - below:
+        return 1.0
+    return 1 - math.comb(num_experts - below, top_k) / math.comb(num_experts, top_k)
+
+
+@dataclass(frozen=True)
+class Link:
+    """What a device reaches towards its peers along a mesh axis.
+
+    Fields:
+      bandwidth: bytes per second out of one device.
+      latency: seconds per message.
+      memory_bandwidth: bytes per second of a copy within the device, read and write counted.
+    """
+
+    bandwidth: float
+    latency: float
+    memory_bandwidth: float
+
+
+# Reached on H100 and H200 within a node: 155 of 160 GB/s of NVLink (published for DeepEP), copies at 4.3 TB/s. Between
+# nodes 400 Gbit/s per device, of which 45 GB/s arrive.
+NVLINK = Link(155e9, 5e-6, 4.3e12)
+NETWORK = Link(45e9, 15e-6, 4.3e12)
+
+
+def exchange_bytes(
+    exchange: str, *, tokens: int, bucket_rows: int, share: float, devices: int, row_bytes: int, top_k: int
+) -> tuple[int, int]:
+    """Bytes that one device sends to others there, and back, over one axis in one forward pass.
+
+    Args:
+      tokens: T.
+      bucket_rows: B, of "all_to_all"; clipping aside, "ragged" sends `share` of T to each device instead.
+      row_bytes: of one row on the wire. Beside it go 8 * K bytes of ids and weights, and K bytes of mask come back.
+    """
+    rows = {"all_to_all": bucket_rows, "all_gather": tokens, "ragged": round(share * tokens)}[exchange]
+    sent = (devices - 1) * rows
+    return sent * (row_bytes + 8 * top_k), sent * (row_bytes + top_k)
+
+
+def exchange_seconds(exchange: str, link: Link, **shapes) -> float:
+    """Estimated time of one forward pass over one axis: wire, messages, and the copies into and out of buckets.
+
+    Args:
+      shapes: as of `exchange_bytes`.
+    """
+    there, back = exchange_bytes(exchange, **shapes)
+    collectives = {"all_to_all": 4, "all_gather": 4, "ragged": 5}[exchange]
+    messages = collectives * (shapes["devices"] - 1)
+    # Rows are read and written once more on each side; a gather needs no buckets.
+    copied = 0 if exchange == "all_gather" else 2 * (there + back)
+    return (there + back) / link.bandwidth + messages * link.latency + copied / link.memory_bandwidth

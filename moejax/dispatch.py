@@ -7,42 +7,50 @@ Shapes: T tokens on this device, D model width, K experts per token, N rows rece
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from custom_ops import DispatchPlan, make_plan
-from moejax.exchange import Exchange
+from moejax.levels import Levels
 
 # (x_TD, plan, weights_TK) -> y_TD: each token's weighted sum over the experts of this device.
 ExpertsFn = Callable[[jax.Array, DispatchPlan, jax.Array], jax.Array]
 
 
+class Delivery(NamedTuple):
+    """What one pass through all levels carried out.
+
+    Fields:
+      y_TD: weighted sums over the choices that were carried out; zero where there are none.
+      served_TK: bool, which choices those are.
+      fills: share of row buffers in use, one f32 scalar per level, the experts last.
+    """
+
+    y_TD: jax.Array
+    served_TK: jax.Array
+    fills: tuple[jax.Array, ...]
+
+
 def dispatch(
-    x_TD: jax.Array,
-    ids_TK: jax.Array,
-    weights_TK: jax.Array,
-    *,
-    levels: Sequence[Exchange],
-    experts: ExpertsFn,
-    experts_per_device: int,
-) -> tuple[jax.Array, jax.Array]:
+    x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, *, levels: Levels, experts: ExpertsFn
+) -> Delivery:
     """Carry each token to the experts it chose and bring back the weighted sum of their outputs.
 
     Args:
       ids_TK: chosen experts, -1 for none; at each level counted within what lies below it.
-      levels: wire levels still to go through, outermost first; none without expert parallelism.
-
-    Returns:
-      y_TD, zero for tokens that chose nothing, and served_TK, the choices that were carried out.
+      levels: those still to go through; without expert parallelism there is only the experts' own.
     """
-    if not levels:
-        plan = make_plan(ids_TK, experts_per_device)
-        return experts(x_TD, plan, weights_TK), plan.served_TK
-    exchange, *inner = levels
-    rows_ND, ids_NK, weights_NK, plan = exchange.dispatch(x_TD, ids_TK, weights_TK)
-    # The level below has room for every row that could arrive, so what is served is decided by this level's buckets.
-    y_ND, _ = dispatch(
-        rows_ND, ids_NK, weights_NK, levels=inner, experts=experts, experts_per_device=experts_per_device
-    )
-    return exchange.combine(y_ND, plan), plan.served_TK
+    if not levels.exchanges:
+        plan = make_plan(ids_TK, levels.experts_per_device)
+        if levels.expert_rows is not None:
+            plan = plan.first_rows(levels.expert_rows)
+        fill = jnp.sum(plan.group_sizes_P) / max(plan.choice_N.shape[0], 1)
+        return Delivery(experts(x_TD, plan, weights_TK), plan.served_TK, (fill.astype(jnp.float32),))
+    exchange = levels.exchanges[0]
+    rows_ND, ids_NK, weights_NK, fill, ticket = exchange.dispatch(x_TD, ids_TK, weights_TK)
+    inner = dispatch(rows_ND, ids_NK, weights_NK, levels=levels.below(), experts=experts)
+    y_TD, served_TK = exchange.combine(inner.y_TD, inner.served_TK, ticket)
+    return Delivery(y_TD, served_TK, (fill, *inner.fills))

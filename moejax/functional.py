@@ -5,7 +5,7 @@ Shapes: T tokens on this device, D model width, E experts, K experts per token.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 
@@ -14,8 +14,9 @@ from custom_ops import grouped_matmul as grouped_matmul
 from custom_ops import make_plan as make_plan
 from custom_ops import permute as permute
 from custom_ops import unpermute as unpermute
-from moejax.dispatch import ExpertsFn, dispatch
-from moejax.exchange import EXCHANGES
+from moejax.delivery import Account as Account
+from moejax.delivery import deliver as deliver
+from moejax.dispatch import ExpertsFn
 from moejax.routing import softmax_top_k
 
 
@@ -45,27 +46,34 @@ def moe(
     experts: ExpertsFn,
     *,
     num_experts: int,
-    axis: str | None = None,
+    axis: str | Sequence[str] | None = None,
     exchange: str = "all_to_all",
+    capacity_factor: float | None = None,
+    chunks: int = 1,
 ) -> jax.Array:
-    """y_t = sum_k weights[t, k] * expert_{ids[t, k]}(x_t).
+    """y_t = sum_k weights[t, k] * expert_{ids[t, k]}(x_t), exact whatever the load; `deliver` has all options.
 
     Args:
       ids_TK: experts 0..num_experts - 1; -1 for none.
       experts: `(x_TD, plan, weights_TK) -> y_TD` over this device's experts; see `on_rows`.
       num_experts: E over all devices.
-      axis: name of the mesh axis over which experts are split, when called inside `shard_map`; None: all are here.
+      axis: names of the mesh axes over which experts are split, outermost first, when called inside `shard_map`;
+        None: all are here.
+      exchange, capacity_factor, chunks: as in `MoE`.
 
     Raises:
-      ValueError: the axis does not divide the experts.
+      ValueError: the axes do not divide the experts.
     """
-    size = 1 if axis is None else jax.lax.axis_size(axis)
-    if num_experts % size:
-        raise ValueError(
-            f"num_experts = {num_experts}: must be a multiple of the size of axis {axis!r} ({size})"
-        )
-    per_device = num_experts // size
-    levels = [] if axis is None else [EXCHANGES[exchange](axis, per_device)]
-    return dispatch(x_TD, ids_TK, weights_TK, levels=levels, experts=experts, experts_per_device=per_device)[
-        0
-    ]
+    axes = (axis,) if isinstance(axis, str) else tuple(axis or ())
+    y_TD, _ = deliver(
+        x_TD,
+        ids_TK,
+        weights_TK,
+        experts,
+        num_experts=num_experts,
+        axes=axes,
+        exchange=exchange,
+        capacity_factor=capacity_factor,
+        chunks=chunks,
+    )
+    return y_TD

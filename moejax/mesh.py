@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,42 +15,76 @@ from jax.sharding import PartitionSpec as P
 
 from custom_ops.varying import varying_axes
 
-# Mesh axes, outermost first. Tokens are split over all of them.
+# Mesh axes, outermost first. Experts are split over the expert axes, tokens over those and `data`, the hidden width of
+# FFNs over `tensor`.
 DATA = "data"
-EXPERT = "expert"
-TOKEN_AXES = (DATA, EXPERT)
+EXPERT_AXES = ("expert_node", "expert")
+TENSOR = "tensor"
+TOKEN_AXES = (DATA, *EXPERT_AXES)
+MESH_AXES = (*TOKEN_AXES, TENSOR)
 
-# Logical axis of a parameter -> mesh axis (None: every device has all of it).
-LOGICAL_AXES: dict[str, str | None] = {
-    "layers": None,
-    "vocab": None,
-    "embed": None,
-    "heads": None,
-    "hidden": None,
-    "router": None,
-    "parts": None,
-    "experts": EXPERT,
+# Logical axis of a parameter -> mesh axes (none: every device has all of it).
+LOGICAL_AXES: dict[str, tuple[str, ...]] = {
+    "layers": (),
+    "vocab": (),
+    "embed": (),
+    "heads": (),
+    "hidden": (TENSOR,),
+    "router": (),
+    "parts": (),
+    "experts": EXPERT_AXES,
 }
 
 
-def make_mesh(*, data: int = -1, expert: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A ("data", "expert") mesh over all `devices` (default: all there are).
+def make_mesh(
+    *,
+    data: int = -1,
+    expert_node: int = 1,
+    expert: int = 1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """A ("data", "expert_node", "expert", "tensor") mesh over all `devices` (default: all there are).
 
     Args:
-      data: size of the data axis; -1 takes what `expert` leaves.
-      expert: size of the expert axis.
+      data: size of the data axis; -1 takes what the others leave.
+      expert_node: nodes that the experts are split over; 1 where they stay within a node, or where a network is as
+        fast between nodes as within.
+      expert: devices of a node that its experts are split over.
+      tensor: devices that the hidden width of every FFN is split over.
+
+    Warns:
+      UserWarning: on GPUs, `expert` goes over several nodes. It works, but a token crosses the network more often.
 
     Raises:
       ValueError: the axes do not use exactly the devices there are.
     """
     devices = jax.devices() if devices is None else list(devices)
     if data == -1:
-        data = max(len(devices) // expert, 1)
-    if data * expert != len(devices):
-        raise ValueError(
-            f"a mesh of data={data} x expert={expert} needs {data * expert} devices, got {len(devices)}"
+        data = max(len(devices) // (expert_node * expert * tensor), 1)
+    shape = (data, expert_node, expert, tensor)
+    if math.prod(shape) != len(devices):
+        sizes = " x ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape, strict=True))
+        raise ValueError(f"a mesh of {sizes} needs {math.prod(shape)} devices, got {len(devices)}")
+    grid = np.asarray(devices).reshape(shape)
+    if devices[0].platform == "gpu" and (nodes := most_nodes(grid)) > 1:
+        warnings.warn(
+            f"expert = {expert}: the axis crosses {nodes} nodes, so a token crosses the network once per device that "
+            f"it goes to there, up to {expert // nodes} times instead of once; split it into expert_node={nodes}, "
+            f"expert={expert // nodes}",
+            stacklevel=2,
         )
-    return Mesh(np.asarray(devices).reshape(data, expert), TOKEN_AXES, axis_types=(AxisType.Auto,) * 2)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def most_nodes(grid: np.ndarray) -> int:
+    """Largest number of nodes along the `expert` axis of a grid of devices with the axes of `make_mesh`.
+
+    A GPU's node is its `slice_index`; where a device has none, its process counts.
+    """
+    node = np.vectorize(lambda device: getattr(device, "slice_index", device.process_index), otypes=[int])
+    by_line = np.moveaxis(node(grid), MESH_AXES.index(EXPERT_AXES[-1]), -1).reshape(-1, grid.shape[2])
+    return max(len(set(line)) for line in by_line.tolist())
 
 
 def ambient_mesh() -> AbstractMesh:
@@ -61,30 +97,61 @@ def token_axes() -> tuple[str, ...]:
     return tuple(axis for axis in TOKEN_AXES if axis in ambient_mesh().axis_names)
 
 
+def expert_axes() -> tuple[str, ...]:
+    """Axes of the ambient mesh over which experts are split, outermost first; empty without a mesh."""
+    return _splitting(EXPERT_AXES, ambient_mesh())
+
+
+def tensor_axes() -> tuple[str, ...]:
+    """Axes of the ambient mesh over which the hidden width of FFNs is split; empty without a mesh."""
+    return _splitting((TENSOR,), ambient_mesh())
+
+
+def _splitting(axes: Sequence[str], mesh: AbstractMesh | Mesh) -> tuple[str, ...]:
+    """Those of the axes that the mesh has more than one device along."""
+    return tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1)
+
+
 def partition_spec(axes: Sequence[str], ndim: int, mesh: AbstractMesh | Mesh) -> P:
-    """Where a parameter with these logical axes lies on `mesh`.
+    """Which part of a parameter with these logical axes a device computes with.
 
     A parameter with more dimensions than names has been stacked: its leading dimensions are layers.
     """
     names = ("layers",) * (ndim - len(axes)) + tuple(axes)
-    mapped = (LOGICAL_AXES[name] for name in names)
-    return P(*(axis if axis in mesh.axis_names else None for axis in mapped))
+    return P(*(_splitting(LOGICAL_AXES[name], mesh) or None for name in names))
 
 
 def state_specs(state: Any, mesh: AbstractMesh | Mesh) -> Any:
     """The tree of `PartitionSpec` of an NNX state whose parameters carry `axes` metadata."""
-
-    def spec(variable: nnx.Variable) -> Any:
-        value = variable.get_value()
-        return variable.replace(partition_spec(variable.get_metadata("axes", ()), value.ndim, mesh))
-
-    return jax.tree.map(spec, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return _map_parameters(lambda axes, shape: partition_spec(axes, len(shape), mesh), state)
 
 
-def state_shardings(state: Any, mesh: Mesh) -> Any:
-    """As `state_specs`, as `NamedSharding`s."""
-    is_spec = lambda leaf: isinstance(leaf, P)  # noqa: E731
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs(state, mesh), is_leaf=is_spec)
+def state_shardings(state: Any, mesh: Mesh, *, fsdp: bool = False) -> Any:
+    """Where the parameters of an NNX state lie between steps.
+
+    Args:
+      fsdp: split matrices over `data` too, along their model width, where it divides: one that is computed with is
+        gathered first, and its gradient is summed and split again (ZeRO stage 3).
+    """
+
+    def sharding(axes: Sequence[str], shape: Sequence[int]) -> NamedSharding:
+        spec = partition_spec(axes, len(shape), mesh)
+        if fsdp and len(axes) > 1 and "embed" in axes:
+            width = len(shape) - len(axes) + list(axes).index("embed")
+            if shape[width] % mesh.shape[DATA] == 0:
+                spec = P(*spec[:width], DATA, *spec[width + 1 :])
+        return NamedSharding(mesh, spec)
+
+    return _map_parameters(sharding, state)
+
+
+def _map_parameters(function: Callable[[Sequence[str], Sequence[int]], Any], state: Any) -> Any:
+    """The state with `function(logical axes, shape)` in place of every parameter."""
+
+    def of(variable: nnx.Variable) -> Any:
+        return variable.replace(function(variable.get_metadata("axes", ()), variable.get_value().shape))
+
+    return jax.tree.map(of, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def token_sharding(mesh: Mesh) -> NamedSharding:

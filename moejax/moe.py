@@ -5,6 +5,7 @@ Shapes: T tokens (on one device inside `_local`), D model width, E experts, K ex
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,10 +15,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from moejax.dispatch import dispatch
-from moejax.exchange import EXCHANGES
+from moejax.delivery import OVERFLOWS, deliver
 from moejax.experts import Experts
 from moejax.layers import FeedForward
+from moejax.levels import EXCHANGES, check_experts
 from moejax.losses import (
     BatchLoad,
     balance_loss,
@@ -27,10 +28,13 @@ from moejax.losses import (
     sequence_balance_loss,
     z_loss,
 )
-from moejax.mesh import EXPERT, ambient_mesh, make_varying, over_tokens, token_axes
+from moejax.mesh import ambient_mesh, expert_axes, make_varying, over_tokens, tensor_axes, token_axes
+from moejax.order import after, together
 from moejax.routing import Router, Routing, make_router
 from moejax.routing.check import check_routing
+from moejax.shadow import Shadow, replicate_module
 from moejax.statistics import Choices, RouterStats, chosen_together, router_stats
+from moejax.wire import WIRES
 
 BALANCE_OVER = ("batch", "micro_batch", "sequence")
 
@@ -46,7 +50,9 @@ class MoEStats:
       load_E: choices per expert, i32.
       invalid: choices whose expert id was out of range (-1, "none", is not), i32.
       dropped: valid choices that no expert carried out, i32.
-      rounds: times the layer ran until every choice was carried out, i32.
+      over_capacity: those of them that were beyond their expert's capacity; the rest found a bucket full.
+      rounds: times the layer ran until every choice was carried out, i32; the most of any group of devices.
+      fill_V: share of the row buffers in use in the first round, one per level, the experts' last; f32.
       router: what the router did.
       choices: more of them, where the layer was asked to `observe` them; the field that is not the same on all devices.
     """
@@ -57,7 +63,9 @@ class MoEStats:
     load_E: jax.Array
     invalid: jax.Array
     dropped: jax.Array
+    over_capacity: jax.Array
     rounds: jax.Array
+    fill_V: jax.Array
     router: RouterStats
     choices: Choices | None = None
 
@@ -66,7 +74,8 @@ class MoE(nnx.Module):
     """A sparse FFN: a router sends each token to K of E experts and sums what they return.
 
     `y, stats = layer(x)`. Uses the ambient mesh (`jax.set_mesh`): tokens are split over all its token axes, experts
-    over `expert`. Without a mesh it runs on one device. Value and gradients are the same on every layout.
+    over `expert_node` and `expert`, their hidden width over `tensor`. Without a mesh it runs on one device. Value and
+    gradients are the same on every layout.
 
     Args:
       d_model: D.
@@ -77,7 +86,15 @@ class MoE(nnx.Module):
       router_options: further arguments of the named router.
       experts: activation of the expert FFNs ("swiglu" or "gelu"), or a module
         `experts(x_TD, plan, weights_TK) -> y_TD` whose parameters are stacked over the axis "experts".
-      exchange: name in `EXCHANGES`.
+      exchange: how rows travel between devices, name in `EXCHANGES`.
+      overflow: what becomes of choices beyond the static buffers, name in `OVERFLOWS`: "rounds" carries them out in
+        further rounds, "drop" drops and counts them.
+      buffer_factor: size of the buffers, under "drop" also of every expert's capacity, in units of what balanced
+        choices need; None takes the policy's own (with rounds 1.15 on GPUs; on CPU room for whatever may arrive).
+      chunks: pieces in which the tokens go through the layer, so that one travels while another is computed.
+      shadow: number of experts, those in most demand in each batch, that are copied to every device of the expert
+        axes, so that their tokens do not travel.
+      wire: compression of rows between devices, name in `WIRES`.
       expert_bias: give the experts biases; see `Experts`.
       shared_experts: so many experts' width of dense FFN is added for every token (DeepSeek-MoE).
       balance_weight, z_weight, importance_weight, load_weight: weights of the losses in `stats.aux_loss`; None takes
@@ -86,8 +103,8 @@ class MoE(nnx.Module):
         devices, unless "batch" is told of a larger one (`batch_load`); "sequence" is each sequence by itself.
 
     Raises:
-      ValueError: an unknown name, a top_k beyond the experts, or (when called) experts that the mesh's `expert` axis
-        does not divide.
+      ValueError: an unknown name, a number out of range, or (when called) experts that the mesh's expert axes do not
+        divide.
     """
 
     def __init__(
@@ -101,6 +118,11 @@ class MoE(nnx.Module):
         experts: str | nnx.Module = "swiglu",
         exchange: str = "all_to_all",
         expert_bias: bool = False,
+        overflow: str = "rounds",
+        buffer_factor: float | None = None,
+        chunks: int = 1,
+        shadow: int = 0,
+        wire: str = "none",
         shared_experts: int = 0,
         balance_weight: float | None = None,
         balance_over: str = "batch",
@@ -112,8 +134,16 @@ class MoE(nnx.Module):
         rngs: nnx.Rngs,
         **router_options: Any,
     ):
-        if exchange not in EXCHANGES:
-            raise ValueError(f"exchange = {exchange!r}: must be one of {sorted(EXCHANGES)}")
+        names = {"exchange": (exchange, EXCHANGES), "overflow": (overflow, OVERFLOWS), "wire": (wire, WIRES)}
+        for argument, (name, known) in names.items():
+            if name not in known:
+                raise ValueError(f"{argument} = {name!r}: must be one of {sorted(known)}")
+        if buffer_factor is not None and not 0 < buffer_factor < math.inf:
+            raise ValueError(f"buffer_factor = {buffer_factor}: must be a positive finite number")
+        if chunks < 1:
+            raise ValueError(f"chunks = {chunks}: must be at least 1")
+        if not 0 <= shadow <= num_experts:
+            raise ValueError(f"shadow = {shadow}: must be between 0 and num_experts ({num_experts})")
         if balance_over not in BALANCE_OVER:
             raise ValueError(f"balance_over = {balance_over!r}: must be one of {', '.join(BALANCE_OVER)}")
         if isinstance(router, str):
@@ -137,7 +167,14 @@ class MoE(nnx.Module):
         self.router = router
         self.experts = experts
         self.num_experts = num_experts
-        self.exchange = exchange
+        self.shadow = shadow
+        self.delivery: dict[str, Any] = {
+            "exchange": exchange,
+            "overflow": overflow,
+            "capacity_factor": buffer_factor,
+            "chunks": chunks,
+            "wire": wire,
+        }
         self.shared = (
             FeedForward(
                 d_model,
@@ -176,12 +213,7 @@ class MoE(nnx.Module):
           batch_load: of the whole batch when x is a part of it; for the balance loss and the z-loss.
           observe: fill `stats.choices`.
         """
-        mesh = ambient_mesh()
-        size = mesh.shape[EXPERT] if EXPERT in mesh.axis_names else 1
-        if self.num_experts % size:
-            raise ValueError(
-                f"num_experts = {self.num_experts}: must be a multiple of mesh axis 'expert' ({size})"
-            )
+        check_experts(self.num_experts, {axis: ambient_mesh().shape[axis] for axis in expert_axes()})
         flat = lambda a: None if a is None else a.reshape(-1)  # noqa: E731
         graphdef, params = nnx.split((self.router, self.experts))
 
@@ -207,9 +239,6 @@ class MoE(nnx.Module):
         key, batch_load = replicated
         router, experts = nnx.merge(graphdef, params)
         axes = token_axes()
-        size = jax.lax.axis_size(EXPERT) if EXPERT in axes else 1
-        levels = [EXCHANGES[self.exchange](EXPERT, self.num_experts // size)] if size > 1 else []
-
         if mask_T is not None:
             # In backward, 0 times the NaN of a masked token would be NaN.
             x_TD = jnp.where(mask_T[:, None], x_TD, 0)
@@ -219,14 +248,30 @@ class MoE(nnx.Module):
         routing = make_varying(routing, axes)
         in_range_TK = (routing.ids_TK >= 0) & (routing.ids_TK < self.num_experts)
         ids_TK = jnp.where(in_range_TK, routing.ids_TK, -1)
-        y_TD, served_TK = dispatch(
-            x_TD,
-            ids_TK,
-            routing.weights_TK,
-            levels=levels,
-            experts=experts,
-            experts_per_device=self.num_experts // size,
+        shadow = None
+        if self.shadow and expert_axes():
+            shadow = Shadow(self.shadow, lambda hot_S: replicate_module(experts, hot_S, expert_axes()))
+        # Each device along the tensor axis computes a part of every hidden width: its results are summed once, here,
+        # and in backward the gradients of what goes in.
+        parts = tensor_axes()
+        own_TD, own_ids_TK, own_weights_TK = make_varying((x_TD, ids_TK, routing.weights_TK), parts)
+        part_TD, account = deliver(
+            own_TD,
+            own_ids_TK,
+            own_weights_TK,
+            experts,
+            num_experts=self.num_experts,
+            axes=expert_axes(),
+            token_axes=axes,
+            shadow=shadow,
+            **self.delivery,
         )
+        y_TD = jax.lax.psum(part_TD, parts) if parts else part_TD
+        account = make_varying(jax.lax.stop_gradient(account), (*axes, *parts))
+        if axes:
+            # The sums of the statistics come after the loop of rounds,
+            y_TD, routing, ids_TK, in_range_TK = together((y_TD, routing, ids_TK, in_range_TK))
+        same = lambda number: jax.lax.pmax(number, parts) if parts else number  # noqa: E731
         count = lambda choices_TK: jax.lax.psum(jnp.sum(choices_TK, dtype=jnp.int32), axes)  # noqa: E731
         losses = self._losses(routing, axes, sequence_length, batch_load)
         stats = MoEStats(
@@ -235,14 +280,18 @@ class MoE(nnx.Module):
             z_loss=losses["z_loss"],
             load_E=expert_load(ids_TK, self.num_experts, axes),
             invalid=count(~in_range_TK & (routing.ids_TK != -1)),
-            dropped=count(in_range_TK & ~served_TK),
-            rounds=jnp.int32(1),
+            dropped=same(count(in_range_TK & ~account.served_TK)),
+            over_capacity=same(jax.lax.psum(account.over_capacity, axes)),
+            rounds=same(jax.lax.pmax(account.rounds, axes)),
+            fill_V=same(jax.lax.pmean(account.fill_V, axes)),
             router=router_stats(routing, axes),
         )
-        y_TD = y_TD.astype(x_TD.dtype)
-        if not observe:
-            return y_TD, stats, None, None
-        return y_TD, stats, chosen_together(ids_TK, self.num_experts, axes), ids_TK[:, 0]
+        y_TD, pairs_EE, first_T = y_TD.astype(x_TD.dtype), None, None
+        if observe:
+            pairs_EE, first_T = chosen_together(ids_TK, self.num_experts, axes), ids_TK[:, 0]
+        if axes:
+            y_TD = after(y_TD, (stats, pairs_EE))  # and what follows, here and in backward, comes after them.
+        return y_TD, stats, pairs_EE, first_T
 
     def _losses(self, routing: Routing, axes, sequence_length, batch_load) -> dict[str, jax.Array]:
         """The auxiliary losses as fields of `MoEStats`; importance and load only where they have a weight."""

@@ -19,6 +19,7 @@ from moejax.layers import FeedForward, RMSNorm, init_matrix
 from moejax.losses import BatchLoad, cross_entropy
 from moejax.mesh import over_tokens, token_axes
 from moejax.moe import MoE, MoEStats
+from moejax.order import after, gradients_first
 from moejax.routing import ROUTING_DECISION, Routing
 
 _policies = jax.checkpoint_policies
@@ -220,6 +221,7 @@ class Transformer(nnx.Module):
 
         def run_period(x_BSD, layer):
             state, cache, keys, loads = layer
+            x_BSD, state = gradients_first(x_BSD, state)  # of later layers, before this one's backward
             blocks = nnx.merge(graphdef, state)
             stats: list[MoEStats] = []
             finite, caches = [], []
@@ -232,6 +234,7 @@ class Transformer(nnx.Module):
                 x_BSD, block_stats, part = block(x_BSD, context, part, block_key, load, observe)
                 stats += [] if block_stats is None else [block_stats]
                 finite.append(jnp.all(jnp.isfinite(x_BSD)))
+                x_BSD = after(x_BSD, finite[-1])
                 caches.append(part)
             return x_BSD, (_stack_trees(stats), jnp.stack(finite), _stack_trees(caches))
 
@@ -334,7 +337,16 @@ class Transformer(nnx.Module):
             total = cross_entropy(flat, weights_VD, targets_BS.reshape(-1), chunk)
             return jax.lax.psum(total, axes)
 
-        return over_tokens(local, self.output_embedding, hidden_BSD, targets_BS, out_specs=lambda _: P())
+        weights = self.output_embedding[...]
+        hidden_BSD, weights = gradients_first(hidden_BSD, weights)
+        total = over_tokens(
+            local,
+            nnx.Param(weights, **self.output_embedding.get_metadata()),
+            hidden_BSD,
+            targets_BS,
+            out_specs=lambda _: P(),
+        )
+        return after(total, total)  # backward begins when the forward pass has been summed
 
     def init_cache(self, batch_size: int, window: int) -> KVCache:
         """An empty cache of the last `window` positions, [L, B, W, G, h]."""

@@ -114,7 +114,19 @@ class MoEConfig:
     layer_routers: str | None = None
     """Routers of single layers in place of `router`, such as `0:hash,3:switch`; they have the options they know."""
     exchange: str = "all_to_all"
-    """Name of the exchange that carries rows between devices."""
+    """How rows travel between devices: `all_to_all`, `all_gather`, `ragged`, or `auto`, which estimates the
+    cheaper of the first two for every mesh axis."""
+    overflow: Literal["rounds", "drop"] = "rounds"
+    """What becomes of choices beyond the static buffers: carried out in further rounds, or dropped and counted."""
+    capacity_factor: float | None = None
+    """Size of the buffers, under `drop` also of every expert's capacity, in units of what balanced choices need.
+    Unset: 1.25 under `drop`; else 1.15 on GPUs, on CPU room for whatever may arrive, so that one round is enough."""
+    chunks: int = 1
+    """Pieces in which the tokens go through a layer, so that one travels while another is computed."""
+    shadow: int = 0
+    """Experts in most demand that are copied to every device of the expert axes in each step."""
+    wire: Literal["none", "bf16", "fp8"] = "none"
+    """Compression of rows between devices: none, bf16, or fp8 towards the experts and bf16 back."""
     expert_bias: bool = False
     """Give each expert biases. They cost speed: the experts' products are then not fused."""
     shared_experts: int = 0
@@ -187,12 +199,19 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices as a grid. Tokens are split over all axes, experts over `expert`."""
+    """Devices as a grid. Tokens are split over all axes but `tensor`, experts over `expert_node` and `expert`."""
 
     data: int = -1
     """Size of the data axis; -1 takes all remaining devices."""
+    expert_node: int = 1
+    """Nodes over which the experts are split; a token then crosses to each of them at most once."""
     expert: int = 1
-    """Size of the expert axis; must divide `model.moe.num_experts`."""
+    """Devices, of each node, over which the experts are split. `mesh.expert_node` x `mesh.expert` must divide
+    `model.moe.num_experts`."""
+    tensor: int = 1
+    """Devices over which the hidden width of every FFN is split; they share the same tokens."""
+    fsdp: bool = False
+    """Split matrices and their optimizer state over the data axis too, and gather each where it is needed."""
 
 
 @dataclass(frozen=True)

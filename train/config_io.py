@@ -25,7 +25,16 @@ SHIPPED = pathlib.Path(train.__file__).resolve().parent.parent / "configs"
 PATHS = ("data.path", "data.validation_path", "data.tokenizer")
 
 # What may differ when a run is resumed; an entry that ends in a dot is a whole group.
-MAY_CHANGE = ("steps", "workdir", "log.", "eval.", "checkpoint.", "mesh.", "model.moe.exchange")
+MAY_CHANGE = (
+    "steps",
+    "workdir",
+    "log.",
+    "eval.",
+    "checkpoint.",
+    "mesh.",
+    "model.moe.exchange",
+    "model.moe.chunks",
+)
 
 
 def find_config(argument: str) -> tuple[TrainConfig, str]:

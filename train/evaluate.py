@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterable
@@ -13,14 +14,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-import moejax
 from train.checkpoint import BEST, EXTENT, Checkpoints
-from train.config import TrainConfig
+from train.config import MeshConfig, TrainConfig
 from train.config_io import load_config
 from train.data import load_corpus, load_tokenizer, validation_batches
 from train.errors import ConfigError
 from train.feed import device_batch, process_rows
-from train.model import ModelSpec, product_precision
+from train.model import ModelSpec, make_mesh, product_precision
 from train.observe import ExpertView
 from train.step import make_eval_step
 
@@ -86,10 +86,10 @@ def evaluate(
 def fitting_mesh(config: TrainConfig) -> Mesh:
     """The run's own mesh if these devices allow it, otherwise the largest expert axis that they do."""
     num_devices = jax.device_count()
-    expert = config.mesh.expert
-    if num_devices % expert:
-        expert = math.gcd(num_devices, config.model.moe.num_experts)
-    return moejax.make_mesh(expert=expert)
+    own = dataclasses.replace(config.mesh, data=-1)
+    if num_devices % (own.expert_node * own.expert * own.tensor):
+        own = MeshConfig(expert=math.gcd(num_devices, config.model.moe.num_experts))
+    return make_mesh(own)
 
 
 def restore_params(
@@ -130,7 +130,7 @@ def evaluate_run(run_dir: str) -> tuple[float, int]:
         batch_size = math.ceil(config.data.batch_size / mesh.size) * mesh.size
         rows = process_rows(mesh, batch_size)
         batches = validation_batches(corpus, batch_size, config.data.sequence_length, rows=rows)
-        evaluation = evaluate(jax.jit(make_eval_step(spec)), params, batches, mesh)
+        evaluation = evaluate(jax.jit(make_eval_step(spec, mesh)), params, batches, mesh)
     loss, tokens = evaluation.loss(), evaluation.tokens()
     line = f"eval/loss {loss:.6f} at step {step} over {tokens:,} tokens"
     try:

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-import moejax
 from moejax.cost import peak_flops, train_flops_per_token
 from train import processes
 from train.checkpoint import Checkpoints
@@ -33,7 +32,7 @@ from train.evaluate import evaluate
 from train.feed import abstract_batch, device_batch, process_rows
 from train.lock import lock_run
 from train.logs import held_back
-from train.model import ModelSpec, product_precision
+from train.model import ModelSpec, make_mesh, product_precision
 from train.monitor import Bystander, Monitor
 from train.program import make_program
 from train.reporter import Reporter
@@ -82,7 +81,7 @@ def _train(config: TrainConfig, workdir: Path, bad_step: int | None) -> None:
     _check_vocabulary(config, tokenizer)
     corpus = load_corpus(config.data, tokenizer)
     batch_size, sequence_length = config.data.batch_size, config.data.sequence_length
-    mesh = moejax.make_mesh(data=config.mesh.data, expert=config.mesh.expert)
+    mesh = make_mesh(config.mesh)
     rows = process_rows(mesh, batch_size)
     batches = TrainingBatches(
         corpus, batch_size=batch_size, sequence_length=sequence_length, seed=config.seed, rows=rows

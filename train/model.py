@@ -14,7 +14,7 @@ from flax import nnx
 import moejax
 from moejax.mesh import state_shardings
 from moejax.routing import ROUTERS, router_options
-from train.config import MoEConfig, TrainConfig
+from train.config import MeshConfig, MoEConfig, TrainConfig
 from train.validation import LOSSES, moe_layer_numbers, routers_of_layers
 
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
@@ -23,6 +23,13 @@ DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 def product_precision(config: TrainConfig) -> AbstractContextManager[object]:
     """The context in which a run's products are computed: true f32 (no TF32 on GPUs), or as the hardware does bf16."""
     return jax.default_matmul_precision("float32") if config.precision == "f32" else nullcontext()
+
+
+def make_mesh(mesh: MeshConfig) -> jax.sharding.Mesh:
+    """The mesh of all devices that `config.mesh` describes."""
+    return moejax.make_mesh(
+        data=mesh.data, expert_node=mesh.expert_node, expert=mesh.expert, tensor=mesh.tensor
+    )
 
 
 def experts_per_token(moe: MoEConfig) -> int:
@@ -52,6 +59,11 @@ def make_model(config: TrainConfig, vocab_size: int, rngs: nnx.Rngs) -> moejax.T
             "top_k": model.moe.top_k,
             "router": router,
             "exchange": model.moe.exchange,
+            "overflow": model.moe.overflow,
+            "buffer_factor": model.moe.capacity_factor,
+            "chunks": model.moe.chunks,
+            "shadow": model.moe.shadow,
+            "wire": model.moe.wire,
             "expert_bias": model.moe.expert_bias,
             "shared_experts": model.moe.shared_experts,
             **_routing_options(config, router),
@@ -145,9 +157,10 @@ class ModelSpec:
         is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
         return nnx.to_pure_dict(jax.tree.map(axes, self.abstract, is_leaf=is_variable))
 
-    def shardings(self, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-        """Each parameter's sharding on `mesh`, in the tree of `init_params`."""
-        return nnx.to_pure_dict(state_shardings(self.abstract, mesh))
+    def shardings(self, mesh: jax.sharding.Mesh, *, fsdp: bool | None = None) -> dict[str, Any]:
+        """Each parameter's sharding on `mesh`, in the tree of `init_params`; `fsdp`: default `mesh.fsdp`."""
+        fsdp = self.config.mesh.fsdp if fsdp is None else fsdp
+        return nnx.to_pure_dict(state_shardings(self.abstract, mesh, fsdp=fsdp))
 
     def abstract_params(self, mesh: jax.sharding.Mesh | None) -> dict[str, Any]:
         """Shape, dtype and sharding of each parameter; without a mesh, on one device."""

@@ -63,7 +63,7 @@ def make_program(config: TrainConfig, vocab_size: int, mesh: Mesh) -> Program:
             out_shardings=(shardings, replicated),
             compiler_options=_compiler_options(mesh),
         ),
-        eval_step=jax.jit(make_eval_step(spec), out_shardings=replicated),
+        eval_step=jax.jit(make_eval_step(spec, mesh), out_shardings=replicated),
     )
 
 

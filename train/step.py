@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 import moejax
 from moejax.mesh import token_sharding
+from moejax.order import waiting
 from train.balance import moe_metrics
 from train.finite import FiniteCheck
 from train.model import ModelSpec
@@ -136,22 +137,25 @@ def make_train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         count = jnp.maximum(jnp.sum(batch["targets"] >= 0), 1).astype(jnp.float32)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        whole_params = gather(spec, state.params, mesh)
+        batch = waiting(batch, (count, whole_params) if spec.config.mesh.fsdp else count)
 
         def add_part(grads: Any, keyed: tuple[jax.Array, Batch]) -> tuple[Any, Metrics]:
             part_key, part = keyed
-            (_, report), part_grads = value_and_grad(state.params, part, count, part_key, batch_load)
+            (_, report), part_grads = value_and_grad(whole_params, part, count, part_key, batch_load)
             return jax.tree.map(jnp.add, grads, part_grads), report
 
         if accumulation == 1:
-            (_, report), grads = value_and_grad(state.params, batch, count, key)
+            (_, report), grads = value_and_grad(whole_params, batch, count, key)
             reports = jax.tree.map(lambda x: x[None], report)
         else:
             zeros = jax.tree.map(jnp.zeros_like, state.params)
             keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(jnp.arange(accumulation))
             parts = keys, _split(batch, accumulation, mesh)
-            batch_load = batch_load_of(state.params, parts) if needs_batch_load else None
+            batch_load = batch_load_of(whole_params, parts) if needs_batch_load else None
             grads, reports = jax.lax.scan(add_part, zeros, parts)
 
+        grads = waiting(grads, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         idle_ME, moe = state.idle_ME, {}
@@ -216,7 +220,17 @@ def make_batch_load(spec: ModelSpec) -> Callable[[dict[str, Any], tuple[jax.Arra
     return batch_load
 
 
-def make_eval_step(spec: ModelSpec) -> Callable[[dict[str, Any], Batch], Metrics]:
+def gather(spec: ModelSpec, params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """On CPU, what FSDP has split is put together before the first layer; elsewhere each layer gathers its own.
+
+    XLA's CPU client cannot keep a gather apart from a loop that communicates, see `moejax.order`.
+    """
+    if not spec.config.mesh.fsdp or mesh.devices.flat[0].platform != "cpu":
+        return params
+    return jax.lax.with_sharding_constraint(params, spec.shardings(mesh, fsdp=False))
+
+
+def make_eval_step(spec: ModelSpec, mesh: Mesh) -> Callable[[dict[str, Any], Batch], Metrics]:
     """`(params, batch) -> sums over the batch`, not yet compiled.
 
     `loss` is the summed cross-entropy in nats of `tokens` targets. With MoE layers also what `train.observe` adds up:
@@ -225,12 +239,15 @@ def make_eval_step(spec: ModelSpec) -> Callable[[dict[str, Any], Batch], Metrics
     """
 
     def step(params: dict[str, Any], batch: Batch) -> Metrics:
+        count = jnp.sum(batch["targets"] >= 0)
+        params = gather(spec, params, mesh)
+        batch = waiting(batch, (count, params) if spec.config.mesh.fsdp else count)
         model = spec.merge(params)
         hidden, stats, *_ = model(
             batch["tokens"], segments_BS=batch["segments"], positions_BS=batch["positions"], observe=True
         )
         total = model.loss(hidden, batch["targets"], chunk=spec.config.model.loss_chunk)
-        sums = {"loss": total, "tokens": jnp.sum(batch["targets"] >= 0)}
+        sums = {"loss": total, "tokens": count}
         if stats is not None:
             assert stats.choices is not None
             sums |= {

@@ -54,6 +54,9 @@ RANGES: dict[str, Rule] = {
     "model.rope_theta": POSITIVE,
     "model.loss_chunk": COUNT,
     "model.moe.num_experts": WIDTH,
+    "model.moe.capacity_factor": POSITIVE,
+    "model.moe.chunks": COUNT,
+    "model.moe.shadow": COUNT_OR_ZERO,
     "model.moe.shared_experts": COUNT_OR_ZERO,
     "model.moe.d_hidden": WIDTH,
     "model.moe.routing.balance_weight": NOT_NEGATIVE,
@@ -90,7 +93,9 @@ RANGES: dict[str, Rule] = {
     "optimizer.clip_norm": POSITIVE,
     "optimizer.accumulation_steps": WIDTH,
     "mesh.data": AXIS,
+    "mesh.expert_node": WIDTH,
     "mesh.expert": WIDTH,
+    "mesh.tensor": WIDTH,
     "checkpoint.every": COUNT_OR_ZERO,
     "checkpoint.every_minutes": NOT_NEGATIVE,
     "checkpoint.keep_last": COUNT,
@@ -126,6 +131,7 @@ def validate(config: TrainConfig, num_devices: int) -> None:
     _check_model(config)
     mesh = resolve_mesh(config.mesh, num_devices)
     _check_moe(config)
+    _check_widths(config, mesh)
     _check_sizes(config)
     _check_batch(config, mesh)
 
@@ -136,18 +142,37 @@ def resolve_mesh(mesh: MeshConfig, num_devices: int) -> MeshConfig:
     Raises:
       ConfigError: it does not fit the devices or would leave some unused; says what would fit.
     """
-    devices = f"the number of devices ({num_devices})"
-    if num_devices % mesh.expert:
-        divisors = [str(n) for n in range(1, num_devices + 1) if num_devices % n == 0]
-        raise ConfigError("mesh.expert", mesh.expert, f"must divide {devices}: {', '.join(divisors)}")
-    remaining = num_devices // mesh.expert
+    remaining = num_devices
+    for axis in ("expert", "expert_node", "tensor"):
+        size = getattr(mesh, axis)
+        if remaining % size:
+            divisors = [str(n) for n in range(1, remaining + 1) if remaining % n == 0]
+            others = "" if remaining == num_devices else " left by the other axes"
+            rule = f"must divide the number of devices{others} ({remaining}): {', '.join(divisors)}"
+            raise ConfigError(f"mesh.{axis}", size, rule)
+        remaining //= size
     if mesh.data not in (-1, remaining):
-        product = f"mesh.data × mesh.expert ({mesh.data} × {mesh.expert} = {mesh.data * mesh.expert})"
-        fits = f"with mesh.expert = {mesh.expert}, mesh.data must be {remaining} or -1"
-        if num_devices % mesh.data == 0:
+        axes = _axes_in_use(mesh)
+        names, sizes = _product(axes)
+        needed = math.prod(axes.values())
+        others = " and ".join(f"mesh.{axis} = {size}" for axis, size in axes.items() if axis != "data")
+        fits = f"with {others}, mesh.data must be {remaining} or -1"
+        if num_devices % mesh.data == 0 and len(axes) == 2:
             fits += f"; with mesh.data = {mesh.data}, mesh.expert must be {num_devices // mesh.data}"
-        raise ConfigError("mesh.data", mesh.data, f"{product} must equal {devices}; {fits}")
+        rule = f"{names} ({sizes} = {needed}) must equal the number of devices ({num_devices}); {fits}"
+        raise ConfigError("mesh.data", mesh.data, rule)
     return dataclasses.replace(mesh, data=remaining)
+
+
+def _axes_in_use(mesh: MeshConfig) -> dict[str, int]:
+    """Sizes of `data` and `expert`, and of the other axes that split something."""
+    axes = {name: getattr(mesh, name) for name in ("data", "expert_node", "expert", "tensor")}
+    return {name: size for name, size in axes.items() if size > 1 or name in ("data", "expert")}
+
+
+def _product(axes: dict[str, int]) -> tuple[str, str]:
+    """Names and sizes, multiplied, as an error shows them."""
+    return " × ".join(f"mesh.{name}" for name in axes), " × ".join(map(str, axes.values()))
 
 
 def moe_layer_numbers(moe_layers: str, num_layers: int) -> tuple[int, ...]:
@@ -223,7 +248,7 @@ def _check_model(config: TrainConfig) -> None:
 
 
 def _check_moe(config: TrainConfig) -> None:
-    from moejax.exchange import EXCHANGES
+    from moejax.levels import EXCHANGES
     from moejax.routing import ROUTERS
 
     moe = config.model.moe
@@ -238,9 +263,28 @@ def _check_moe(config: TrainConfig) -> None:
     _check_options(config, routers)
     for router in routers:
         _check_router(config, router)
-    if not is_dense and moe.num_experts % config.mesh.expert:
-        rule = f"must be divisible by mesh.expert ({config.mesh.expert})"
-        raise ConfigError("model.moe.num_experts", moe.num_experts, rule)
+    if is_dense:
+        return
+    if moe.shadow > moe.num_experts:
+        rule = f"must be between 0 and model.moe.num_experts ({moe.num_experts})"
+        raise ConfigError("model.moe.shadow", moe.shadow, rule)
+    nodes, per_node = config.mesh.expert_node, config.mesh.expert
+    if moe.num_experts % (nodes * per_node):
+        split = f"mesh.expert ({per_node})"
+        if nodes > 1:
+            split = f"mesh.expert_node × mesh.expert ({nodes} × {per_node} = {nodes * per_node})"
+        raise ConfigError("model.moe.num_experts", moe.num_experts, f"must be divisible by {split}")
+
+
+def _check_widths(config: TrainConfig, mesh: MeshConfig) -> None:
+    model = config.model
+    if mesh.fsdp and model.d_model % mesh.data:
+        rule = f"needs model.d_model ({model.d_model}) to be divisible by mesh.data ({mesh.data})"
+        raise ConfigError("mesh.fsdp", mesh.fsdp, rule)
+    for name in ("model.d_hidden", "model.moe.d_hidden"):
+        width = get(config, name)
+        if width is not None and width % mesh.tensor:
+            raise ConfigError(name, width, f"must be divisible by mesh.tensor ({mesh.tensor})")
 
 
 def _options(config: TrainConfig) -> dict[str, object]:
@@ -314,7 +358,7 @@ def _check_sizes(config: TrainConfig) -> None:
         raise ConfigError("model.d_hidden", hidden, rule)
     if not moe_layer_numbers(model.moe_layers, model.num_layers):
         return
-    experts = moe.num_experts // config.mesh.expert
+    experts = moe.num_experts // (config.mesh.expert_node * config.mesh.expert)
     d_hidden = moe.d_hidden or max(hidden // (moe.top_k or 1), 1)
     if experts * model.d_model * d_hidden * columns > _MAX_ELEMENTS:
         factors = f"experts of a device ({experts}), model.d_model ({model.d_model}) and {columns}"
@@ -324,11 +368,12 @@ def _check_sizes(config: TrainConfig) -> None:
 
 def _check_batch(config: TrainConfig, mesh: MeshConfig) -> None:
     parts = config.optimizer.accumulation_steps
-    unit = parts * mesh.data * mesh.expert
+    axes = {name: size for name, size in _axes_in_use(mesh).items() if name != "tensor"}
+    factors, sizes = _product(axes)
+    unit = parts * math.prod(axes.values())
     if config.data.batch_size % unit:
         below = config.data.batch_size // unit * unit
         fits = f"{below} or {below + unit}" if below else str(unit)
-        factors, sizes = "mesh.data × mesh.expert", f"{mesh.data} × {mesh.expert}"
         if parts > 1:
             factors, sizes = f"optimizer.accumulation_steps × {factors}", f"{parts} × {sizes}"
         rule = f"must be divisible by {factors} ({sizes} = {unit}), such as {fits}"

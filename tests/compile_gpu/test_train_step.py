@@ -16,6 +16,8 @@ import moejax
 from configs import moe_1b_64x
 from moejax.mesh import token_sharding
 from tests.compile_gpu.h200 import Program, compile_for
+from tests.compile_gpu.test_moe_layer import BUCKET
+from tests.compile_gpu.test_moe_layer import T as LAYER_T
 from train.config import TrainConfig
 from train.model import ModelSpec
 from train.optimizer import make_optimizer, make_schedule
@@ -28,7 +30,7 @@ class Case(NamedTuple):
     make_config: Callable[[], TrainConfig]
     vocabulary: int
     devices: int
-    moves: dict[str, int]
+    calls: dict[str, int]
 
 
 def scaled() -> TrainConfig:
@@ -47,10 +49,35 @@ def scaled() -> TrainConfig:
 
 
 CASES = {
-    "scaled on 1": Case(scaled, 256, 1, {"moejax_make_plan": 2, "moejax_permute": 3, "moejax_unpermute": 2}),
-    # The vocabulary is that of the model which the config follows.
+    "scaled on 1": Case(
+        scaled,
+        256,
+        1,
+        {
+            "mosaic_gpu_v2": 7,
+            "zero_tail_kernel": 9,
+            "clean_kernel": 4,
+            "spoil_kernel": 2,
+            "moejax_make_plan": 2,
+            "moejax_permute": 3,
+            "moejax_unpermute": 2,
+        },
+    ),
+    # The vocabulary is that of the model which the config follows. The loops of further rounds hold all once more,
+    # the forward pass again in backward's loop.
     "moe_1b_64x on 8": Case(
-        moe_1b_64x.config, 50304, 8, {"moejax_make_plan": 4, "moejax_permute": 8, "moejax_unpermute": 5}
+        moe_1b_64x.config,
+        50304,
+        8,
+        {
+            "mosaic_gpu_v2": 14,
+            "zero_tail_kernel": 18,
+            "clean_kernel": 8,
+            "spoil_kernel": 4,
+            "moejax_make_plan": 8,
+            "moejax_permute": 16,
+            "moejax_unpermute": 14,
+        },
     ),
 }
 
@@ -88,8 +115,7 @@ def test_experts_are_kernels(compiled, case):
     """Layers are a scan, so each kernel stands in the program once per pass, however many layers there are."""
     run, program = compiled(case)
     # Backward computes plans and the first grouped product again: of all products it keeps only those of XLA's own.
-    guard = {"zero_tail_kernel": 9, "clean_kernel": 4, "spoil_kernel": 2}
-    assert program.custom_calls == {"mosaic_gpu_v2": 7} | guard | CASES[case].moves
+    assert program.custom_calls == CASES[case].calls
     tokens = run.data.batch_size * run.data.sequence_length // run.optimizer.accumulation_steps
     model = run.model
     # The largest are those of the logits, in chunks, and of attention, traced for the whole batch; a dense fallback
@@ -109,8 +135,14 @@ def test_collectives_on_eight_gpus(compiled):
     model, parts = run.model, run.optimizer.accumulation_steps
     T, D = run.data.batch_size * run.data.sequence_length // parts // 8, model.d_model
     found = program.collectives(at_least=2**20)
-    # Forward forth and back, forth again in backward, gradients back and forth; each with its small message but one.
-    exchanged = {f"all-to-all bf16[{8 * T},{D}]": 5, f"all-to-all f32[{8 * T},{2 * model.moe.top_k}]": 3}
+    # Forward forth and back, forth again in backward, gradients back and forth; each with its small message but two.
+    # Buckets as in test_moe_layer.
+    bucket = T * BUCKET // LAYER_T
+    exchanged = {
+        f"all-to-all bf16[{8 * bucket},{D}]": 5,
+        f"all-to-all f32[{8 * bucket},{2 * model.moe.top_k}]": 3,
+        f"all-to-all bf16[{2 * bucket},{D}]": 5,  # of further rounds
+    }
     assert {name: n for name, n in found.items() if name.startswith("all-to-all")} == exchanged
     # All else sums gradients of what every device has whole: attention, embeddings, router.
     assert {name.split()[0] for name in found} == {"all-to-all", "all-reduce"}

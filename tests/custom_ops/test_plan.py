@@ -172,3 +172,14 @@ def test_refuses(dest, P, B, words):
     with pytest.raises(ValueError) as error:
         make_plan(dest, P, B)
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_first_rows_clip_what_is_behind_them():
+    dest = jnp.asarray([[2, 0], [1, -1], [0, 2], [9, 2]])
+    plan = make_plan(dest, 3)
+    short = plan.first_rows(4)
+    np.testing.assert_array_equal(short.choice_N, plan.choice_N[:4])
+    np.testing.assert_array_equal(short.group_sizes_P, [2, 1, 1])
+    np.testing.assert_array_equal(short.position_TK, [[3, 0], [2, -1], [1, -1], [-1, -1]])
+    np.testing.assert_array_equal(short.served_TK, np.asarray(short.position_TK) >= 0)
+    assert int(short.num_invalid) == 1

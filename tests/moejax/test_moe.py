@@ -1,5 +1,7 @@
 """The MoE layer against the dense oracle, in value and in every gradient, on every layout."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,11 +9,15 @@ import pytest
 from flax import nnx
 
 import moejax
+from moejax.levels import CAPACITY_FACTOR
+from moejax.mesh import most_nodes
 from tests import tolerance
 from tests.moejax import oracle
+from tests.moejax.layer_under_load import make_mesh
 
 T, D, F, E = 64, 24, 20, 8
-LAYOUTS = [(2, 1), (1, 2), (2, 4), (1, 8)]
+# (data, expert_node, expert)
+LAYOUTS = [(2, 1, 1), (1, 1, 2), (2, 2, 2), (1, 1, 8)]
 
 
 def make_layer(top_k, *, num_experts=E, **options):
@@ -82,9 +88,7 @@ def draw(skew=0.0, seed=0):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_equals_oracle_on_every_layout(layout):
-    data, expert = layout
-    mesh = moejax.make_mesh(data=data, expert=expert, devices=jax.devices()[: data * expert])
-    assert_equals_oracle(make_layer(2), *draw(), mesh=mesh)
+    assert_equals_oracle(make_layer(2, buffer_factor=CAPACITY_FACTOR), *draw(), mesh=make_mesh(*layout))
 
 
 @pytest.mark.parametrize(
@@ -120,6 +124,18 @@ def test_skewed_load(mesh_size):
     mesh = mesh_size and moejax.make_mesh(expert=mesh_size, devices=jax.devices()[:mesh_size])
     stats = assert_equals_oracle(make_layer(2), *draw(skew=6.0), mesh=mesh)
     assert int(stats.load_E.max()) > 0.9 * T, "the case is meant to be unbalanced"
+
+
+def test_shadowed_experts_of_a_split_width():
+    # The two experts in most demand never travel, so that a skewed load needs no further rounds.
+    mesh = moejax.make_mesh(expert=2, tensor=2, devices=jax.devices()[:4])
+    plain, shadowed = (
+        assert_equals_oracle(
+            make_layer(2, shadow=count, buffer_factor=CAPACITY_FACTOR), *draw(skew=6.0), mesh=mesh
+        )
+        for count in (0, 2)
+    )
+    assert int(shadowed.rounds) == 1 < int(plain.rounds)
 
 
 @pytest.mark.parametrize("mesh_size", [None, 8])
@@ -223,11 +239,30 @@ def test_expert_init_has_the_fan_in_of_one_expert():
         ({"top_k": 0}, "top_k = 0"),
         ({"top_k": 1, "router": "nope"}, "router = 'nope': must be one of"),
         ({"top_k": 1, "exchange": "nope"}, "exchange = 'nope': must be one of"),
+        ({"top_k": 1, "overflow": "nope"}, "overflow = 'nope': must be one of"),
+        ({"top_k": 1, "wire": "nope"}, "wire = 'nope': must be one of"),
+        ({"top_k": 1, "buffer_factor": 0.0}, "buffer_factor = 0.0: must be a positive finite number"),
+        ({"top_k": 1, "chunks": 0}, "chunks = 0: must be at least 1"),
+        ({"top_k": 1, "shadow": 9}, r"shadow = 9: must be between 0 and num_experts \(8\)"),
     ],
 )
 def test_bad_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         make_layer(**options)
+
+
+def test_drop_drops_the_same_choices_on_every_layout():
+    x, _ = draw(skew=6.0)
+    outcomes = []
+    for layout in ((1, 1, 1), (1, 1, 4)):
+        # Through a gather over all devices no buffer can be full: what an expert may take is all that counts.
+        layer = make_layer(2, overflow="drop", buffer_factor=1.5, exchange="all_gather")
+        with jax.set_mesh(make_mesh(*layout)):
+            y, stats = nnx.jit(lambda layer, x: layer(x))(layer, x)
+        outcomes.append((np.asarray(y), int(stats.dropped), int(stats.over_capacity)))
+    (y_one, dropped, over_capacity), (y_four, *counts) = outcomes
+    assert 0 < dropped == over_capacity and counts == [dropped, over_capacity]
+    tolerance.assert_close(y_four, y_one, tolerance.F32)
 
 
 def test_experts_that_the_mesh_does_not_divide_are_refused():
@@ -267,3 +302,18 @@ def test_expert_biases_equal_every_expert_applied_to_every_token(activation, lay
     for name in ("w_in", "w_out", "b_in", "b_out"):
         reference = nnx.to_pure_dict(grads[0])["experts"][name]
         tolerance.assert_close(actual["experts"][name], reference, tolerance.F32, name)
+
+
+def test_an_expert_axis_across_nodes_is_pointed_out():
+    def gpus(count, per_node):
+        return [
+            types.SimpleNamespace(id=i, platform="gpu", slice_index=i // per_node, process_index=i)
+            for i in range(count)
+        ]
+
+    grid = lambda *shape: np.asarray(gpus(16, 8)).reshape(shape)  # noqa: E731
+    assert most_nodes(grid(1, 1, 16, 1)) == 2
+    assert most_nodes(grid(1, 2, 8, 1)) == most_nodes(grid(2, 1, 8, 1)) == most_nodes(grid(4, 1, 2, 2)) == 1
+    message = "expert = 16: the axis crosses 2 nodes.*up to 8 times.*expert_node=2, expert=8"
+    with pytest.raises(UserWarning, match=message):  # as an error, so that no mesh of such devices is made
+        moejax.make_mesh(expert=16, devices=gpus(16, 8))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 
 import jax
@@ -82,8 +83,9 @@ def random_batch(run: TrainConfig, seed: int) -> dict[str, np.ndarray]:
 class Steps:
     """Training steps without files: `state`, and `take(batch) -> metrics`."""
 
-    def __init__(self, run: TrainConfig, data: int = 1, expert: int = 1):
-        self.mesh = moejax.make_mesh(data=data, expert=expert, devices=jax.devices()[: data * expert])
+    def __init__(self, run: TrainConfig, data: int = 1, expert: int = 1, **axes: int):
+        axes = dict(data=data, expert=expert, **axes)
+        self.mesh = moejax.make_mesh(**axes, devices=jax.devices()[: math.prod(axes.values())])
         program = make_program(run, VOCAB, self.mesh)
         self.spec, self.step = program.spec, program.train_step
         with jax.set_mesh(self.mesh):

@@ -18,7 +18,7 @@ def known_names(monkeypatch):
     routers = {"topk": types.SimpleNamespace(default_top_k=2)}
     monkeypatch.setitem(sys.modules, "moejax.routing", types.SimpleNamespace(ROUTERS=routers))
     monkeypatch.setitem(
-        sys.modules, "moejax.exchange", types.SimpleNamespace(EXCHANGES={"all_to_all": object})
+        sys.modules, "moejax.levels", types.SimpleNamespace(EXCHANGES=("all_to_all", "all_gather"))
     )
 
 

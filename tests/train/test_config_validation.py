@@ -79,6 +79,30 @@ BROKEN = [
         "model.moe.num_experts = 12: must be divisible by mesh.expert (8)",
     ),
     (
+        "mesh.expert=2 mesh.expert_node=3",
+        "mesh.expert_node = 3: must divide the number of devices left by the other axes (4): 1, 2, 4",
+    ),
+    (
+        "mesh.data=2 mesh.expert=2 mesh.expert_node=4",
+        "mesh.data = 2: mesh.data × mesh.expert_node × mesh.expert (2 × 4 × 2 = 16) must equal the number of "
+        "devices (8); with mesh.expert_node = 4 and mesh.expert = 2, mesh.data must be 1 or -1",
+    ),
+    (
+        "mesh.expert=4 mesh.tensor=4",
+        "mesh.tensor = 4: must divide the number of devices left by the other axes (2): 1, 2",
+    ),
+    ("mesh.tensor=8 model.moe.d_hidden=12", "model.moe.d_hidden = 12: must be divisible by mesh.tensor (8)"),
+    (
+        "mesh.fsdp=true model.d_model=132 model.num_heads=2",
+        "mesh.fsdp = True: needs model.d_model (132) to be divisible by",
+    ),
+    ("model.moe.shadow=9", "model.moe.shadow = 9: must be between 0 and model.moe.num_experts (8)"),
+    ("model.moe.capacity_factor=0", "model.moe.capacity_factor = 0.0: must be a positive finite number"),
+    (
+        "mesh.expert=2 mesh.expert_node=4 model.moe.num_experts=12",
+        "model.moe.num_experts = 12: must be divisible by mesh.expert_node × mesh.expert (4 × 2 = 8)",
+    ),
+    (
         "data.batch_size=20",
         "data.batch_size = 20: must be divisible by mesh.data × mesh.expert (8 × 1 = 8), such as 16 or 24",
     ),
@@ -115,11 +139,19 @@ def test_a_router_brings_its_own_top_k():
 
 
 @pytest.mark.parametrize(
-    ("data", "expert", "num_devices", "resolved"),
-    [(-1, 1, 8, 8), (-1, 4, 8, 2), (2, 4, 8, 2), (1, 1, 1, 1), (-1, 6, 6, 1)],
+    ("data", "expert_node", "expert", "num_devices", "resolved"),
+    [
+        (-1, 1, 1, 8, 8),
+        (-1, 1, 4, 8, 2),
+        (2, 1, 4, 8, 2),
+        (1, 1, 1, 1, 1),
+        (-1, 1, 6, 6, 1),
+        (-1, 2, 2, 8, 2),
+    ],
 )
-def test_mesh_takes_all_devices(data, expert, num_devices, resolved):
-    assert resolve_mesh(MeshConfig(data, expert), num_devices) == MeshConfig(resolved, expert)
+def test_mesh_takes_all_devices(data, expert_node, expert, num_devices, resolved):
+    mesh = resolve_mesh(MeshConfig(data, expert_node, expert), num_devices)
+    assert mesh == MeshConfig(resolved, expert_node, expert)
 
 
 @pytest.mark.parametrize(("data", "expert"), [(2, 2), (4, 4), (3, 2)])
@@ -127,7 +159,7 @@ def test_mesh_that_leaves_devices_unused_or_asks_for_more(data, expert):
     with pytest.raises(
         ConfigError, match=rf"must equal the number of devices \(8\).*mesh.data must be {8 // expert}"
     ):
-        resolve_mesh(MeshConfig(data, expert), 8)
+        resolve_mesh(MeshConfig(data, expert=expert), 8)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,136 @@
+"""What each exchange sends, how many rounds each load takes, and how long both take, on CPU devices.
+
+    python -m benchmarks.exchange [--devices 8] [--tokens 512] [--repeats 5]
+
+One SwiGLU layer, forward and backward, T tokens per device. Bytes are those of the results of all collectives of
+the compiled program that stand outside of loops, per device; time is the median of the repeats, all devices on the same
+cores. "one device" is the same layer and the same tokens without a mesh: what expert parallelism costs is the ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import moejax
+from benchmarks import environment
+from moejax.levels import CAPACITY_FACTOR
+from moejax.mesh import state_shardings, token_sharding
+from moejax.order import after
+from moejax.routing import Routing
+
+D, F, E, K = 256, 256, 32, 2
+ITEM_BYTES = {"f32": 4, "s32": 4, "u32": 4, "s8": 1, "u8": 1, "pred": 1, "bf16": 2}
+VARIANTS = {
+    "all_to_all": {},
+    "all_to_all, room for all": {"buffer_factor": None},
+    "all_to_all, 2 chunks": {"chunks": 2},
+    "all_to_all, bf16 rows": {"wire": "bf16"},
+    "all_to_all, 2 shadows": {"shadow": 2},
+    "all_to_all, drop": {"overflow": "drop"},
+    "all_gather": {"exchange": "all_gather"},
+    "ragged (emulated)": {"exchange": "ragged"},
+}
+
+
+class Given(nnx.Module):
+    """A router that reads its choices from the token itself: `token_ids_T` packs the K of them."""
+
+    default_losses: ClassVar[dict[str, float]] = {}
+    top_k = K
+
+    def __call__(self, x_TD, *, token_mask_T=None, token_ids_T=None, key=None):
+        ids_TK = token_ids_T[:, None] // jnp.array([1, E], jnp.int32)[None] % E
+        weights_TK = jnp.full(ids_TK.shape, 1 / K, jnp.float32)
+        logits_TE = jnp.zeros((x_TD.shape[0], E), jnp.float32)
+        return Routing(ids_TK, weights_TK, logits_TE, logits_TE + 1 / E, jnp.ones(x_TD.shape[0], bool))
+
+
+def loads(num_tokens: int) -> dict[str, np.ndarray]:
+    """Choices [T, K] of all tokens by name of the load."""
+    rng = np.random.default_rng(0)
+    balanced = (np.arange(num_tokens * K).reshape(num_tokens, K) * 5 + rng.integers(E)) % E
+    gumbel = rng.gumbel(size=(num_tokens, E)) - np.log(1 + np.arange(E))
+    zipf = np.argsort(-gumbel, axis=1)[:, :K]
+    hot = rng.integers(0, E, (num_tokens, K))
+    hot[: num_tokens // 2, 0] = E - 1
+    return {"balanced": balanced, "Zipf": zipf, "half to one expert": hot}
+
+
+def compiled_step(mesh, tokens: jax.Array, ids_T: jax.Array, options):
+    """The compiled forward and backward pass, and its arguments."""
+    layer = moejax.MoE(D, F, E, router=Given(), rngs=nnx.Rngs(0), **options)
+    graphdef, params = nnx.split(layer)
+
+    def value(params, x_TD, ids_T):
+        y_TD, stats = nnx.merge(graphdef, params)(x_TD, token_ids=ids_T)
+        total = jnp.mean(y_TD * y_TD)
+        return after(total, total), (stats.rounds, stats.dropped)
+
+    arguments, shardings = (params, tokens, ids_T), {}
+    if mesh is not None:
+        placed = (state_shardings(params, mesh), token_sharding(mesh), token_sharding(mesh))
+        arguments, shardings = jax.device_put(arguments, placed), {"out_shardings": (None, placed[:2])}
+    step = jax.jit(jax.value_and_grad(value, (0, 1), has_aux=True), **shardings)
+    return step.lower(*arguments).compile(), arguments
+
+
+def sent_bytes(text: str) -> int:
+    """Bytes of the results of all collectives of the entry computation, of one device."""
+    entry = text[text.index("\nENTRY") :]
+    total = 0
+    for line in entry.splitlines():
+        found = re.search(r"= (\(?.*?\)?) (?:all-to-all|all-gather|all-reduce|reduce-scatter)\(", line)
+        # A sum over an axis of one device sends nothing.
+        if found and not re.search(r"replica_groups=\{\{\d+\}", line):
+            for dtype, sizes in re.findall(r"(\w+)\[([\d,]*)\]", found[1]):
+                total += ITEM_BYTES[dtype] * math.prod(int(n) for n in sizes.split(",") if n)
+    return total
+
+
+def main() -> None:
+    """Write results/exchange_cpu.md."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--devices", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=512, help="per device")
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", args.devices)
+    num_tokens = args.devices * args.tokens
+    tokens = jax.random.normal(jax.random.key(0), (num_tokens, D))
+    packed = {name: jnp.asarray(ids @ [1, E], jnp.int32) for name, ids in loads(num_tokens).items()}
+
+    def measure(name: str, mesh, options) -> list[object]:
+        step, (params, x_TD, _) = compiled_step(mesh, tokens, packed["balanced"], options)
+        row: list[object] = [name, f"{sent_bytes(step.as_text()) / 1e6:.2f}"]
+        for ids_T in packed.values():
+            if mesh is not None:
+                ids_T = jax.device_put(ids_T, token_sharding(mesh))
+            (_, (rounds, dropped)), _ = step(params, x_TD, ids_T)
+            milliseconds = environment.milliseconds(
+                {"step": lambda ids_T=ids_T: step(params, x_TD, ids_T)}, args.repeats
+            )
+            row.append(f"{int(rounds)}, {int(dropped)}, {milliseconds['step']:.0f}")
+        return row
+
+    rows = [measure("one device", None, {})]
+    mesh = moejax.make_mesh(expert=args.devices)
+    with jax.set_mesh(mesh):
+        for name, options in VARIANTS.items():
+            factor = {} if options.get("overflow") == "drop" else {"buffer_factor": CAPACITY_FACTOR}
+            rows.append(measure(name, mesh, factor | options))
+    header = ["exchange", "MB per device", *(f"{name}: rounds, dropped, ms" for name in packed)]
+    sizes = f"D={D}, F={F}, E={E}, K={K}, f32, forward + backward"
+    what = f"{args.devices} CPU devices, {args.tokens} tokens on each; {sizes}"
+    environment.save("exchange_cpu", f"Exchanges: {what}", environment.table(header, rows))
+
+
+if __name__ == "__main__":
+    main()
