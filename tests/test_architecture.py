@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 
-from train.cli import COMMANDS
+from train.commands import COMMANDS
 
 pytestmark = pytest.mark.repo
 

@@ -6,7 +6,8 @@ import types
 import jax
 import pytest
 
-from train.cli import COMMANDS, main
+from train.cli import main
+from train.commands import COMMANDS
 from train.config import TrainConfig
 from train.config_io import save_config
 from train.errors import ConfigError, Interrupted, TrainingFailed
