@@ -34,10 +34,16 @@ class NotFinite(TrainingFailed):
 
     Args:
       step: the one whose batch it was.
+
+    Fields:
+      next_batch: number of the batch after that one, once it is known.
+      stopping: a signal had asked the run to stop.
     """
 
     def __init__(self, step: int, message: str):
         self.step = step
+        self.next_batch = 0
+        self.stopping = False
         super().__init__(message)
 
 

@@ -6,6 +6,7 @@ On a cluster the scheduler starts them (see docs/clusters.md).
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
 import os
 import pathlib
@@ -67,11 +68,13 @@ class Worker:
         for line in itertools.chain(self.process.stdout, [""]):
             self.last_lines.extend([line.rstrip()] if line else [])
             waiting.append(line)
-            if self.log.parent.parent.is_dir():
-                self.log.parent.mkdir(exist_ok=True)
-                with self.log.open("a", encoding="utf-8") as file:
-                    file.writelines(waiting)
-                waiting.clear()
+            # Whatever the disk says: a process whose output nobody reads stands still.
+            with contextlib.suppress(OSError):
+                if self.log.parent.parent.is_dir():
+                    self.log.parent.mkdir(exist_ok=True)
+                    with self.log.open("a", encoding="utf-8") as file:
+                        file.writelines(waiting)
+                    waiting.clear()
 
     def signal(self, number: int) -> None:
         """Pass a signal on to the process and what it started."""
@@ -144,7 +147,7 @@ def launch(words: Sequence[str], processes: int, devices: int | None) -> int:
         return 0
     code = codes[dead.number]
     if code == 2 or code in _STOPPED:
-        if dead.number:  # process 0 has said it itself
+        if dead.number and codes[0] != code:  # process 0 has said it itself
             print(*dead.last_lines, sep="\n", file=sys.stderr)
         return code
     shown = "".join(f" | {line}" for line in dead.last_lines)

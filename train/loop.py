@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from train.data import (
 from train.errors import ConfigError, Interrupted, NotFinite
 from train.evaluate import evaluate
 from train.feed import abstract_batch, device_batch, process_rows
+from train.fields import flatten
 from train.lock import lock_run
 from train.logs import held_back
 from train.model import ModelSpec, make_mesh, product_precision
@@ -37,7 +39,7 @@ from train.monitor import Bystander, Monitor
 from train.program import make_program
 from train.reporter import Reporter
 from train.selfcheck import check_collectives, check_devices
-from train.signals import stop_signals
+from train.signals import Stop, stop_signals
 from train.validation import validate
 from train.watchdog import Watchdog
 
@@ -60,18 +62,18 @@ def train(config: TrainConfig, name: str) -> None:
     check_devices()
     validate(config, jax.device_count())
     workdir = _workdir(config, name)
-    bad_step = None
+    failure = None
     for attempt in range(MAX_ROLLBACKS + 1):
         try:
-            return _train(config, workdir, bad_step)
+            return _train(config, workdir, failure)
         except NotFinite as error:
-            if config.checkpoint.on_nan != "rollback" or attempt == MAX_ROLLBACKS:
+            if config.checkpoint.on_nan != "rollback" or attempt == MAX_ROLLBACKS or error.stopping:
                 raise
-            bad_step = error.step
+            failure = error
 
 
-def _train(config: TrainConfig, workdir: Path, bad_step: int | None) -> None:
-    """One attempt; with `bad_step`, the data goes on after the batch of that step."""
+def _train(config: TrainConfig, workdir: Path, failure: NotFinite | None) -> None:
+    """One attempt; after a `failure` the data goes on behind the batch that it came from."""
     # ---- input: everything that can be refused is refused before the workdir exists ----
     earlier = earlier_config(workdir)
     config = with_absolute_paths(config, earlier)
@@ -88,7 +90,7 @@ def _train(config: TrainConfig, workdir: Path, bad_step: int | None) -> None:
     )
     processes.require_agreement(
         {
-            "CONFIG": repr(config),
+            **{name: repr(value) for name, value in flatten(config).items()},
             "versions": processes.versions(),
             "data.path": corpus.content_hash,
             "data.tokenizer": corpus.tokenizer_hash,
@@ -110,8 +112,6 @@ def _train(config: TrainConfig, workdir: Path, bad_step: int | None) -> None:
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config.checkpoint))
         with held_back() as warnings:
             restored = checkpoints.restore(program.abstract_state, accept=batches.set_state)
-            if bad_step is not None:
-                _leave_out(batches, bad_step, 0 if restored is None else restored[0])
         first, state = (0, program.init()) if restored is None else restored[:2]
         if config.steps < first:
             rule = f"must be at least {first}, which this run has already done"
@@ -126,6 +126,9 @@ def _train(config: TrainConfig, workdir: Path, bad_step: int | None) -> None:
         stack.push(monitor)
         for record in warnings:
             log.handle(record)
+        if failure is not None:
+            _leave_out(batches, failure, first)
+        first_batch = batches.get_state()["next_batch"]
         watchdog = stack.enter_context(
             Watchdog(workdir, factor=config.log.stall_factor, seconds=config.log.stall_seconds)
         )
@@ -140,6 +143,7 @@ def _train(config: TrainConfig, workdir: Path, bad_step: int | None) -> None:
         eval_step = processes.compile_together(program.eval_step, program.abstract_state.params, batch_shape)
 
         # ---- the loop ----
+        stack.enter_context(_knowing_its_batch(first_batch - first, stop))
         saved_at = time.monotonic()
         for step in range(first + 1, config.steps + 1):
             state, metrics = train_step(state, device_batch(next(batches), mesh))
@@ -176,16 +180,29 @@ def _train(config: TrainConfig, workdir: Path, bad_step: int | None) -> None:
                     checkpoints.save(step, state, batches.get_state(), extra)
 
             if stopping and not last:
-                checkpoints.wait()
+                with watchdog.paused():
+                    checkpoints.wait()
                 raise Interrupted(stop.number, step)
-        checkpoints.wait()
+        with watchdog.paused():
+            checkpoints.wait()
 
 
-def _leave_out(batches: TrainingBatches, bad_step: int, step: int) -> None:
-    """Set the data, which stands after `step`, to behind the batch that gave NaN at `bad_step`."""
-    log.warning("step %d gave NaN: back to step %d, and on with the batch after the bad one", bad_step, step)
-    state = batches.get_state()
-    batches.set_state(state | {"next_batch": state["next_batch"] + bad_step - step})
+@contextmanager
+def _knowing_its_batch(offset: int, stop: Stop) -> Iterator[None]:
+    """A NaN in the block learns which batch it came from: that of step s is number s - 1 + `offset`."""
+    try:
+        yield
+    except NotFinite as error:
+        error.next_batch, error.stopping = error.step + offset, stop.number > 0
+        raise
+
+
+def _leave_out(batches: TrainingBatches, failure: NotFinite, step: int) -> None:
+    """Set the data, which stands after `step`, to behind the batch that gave NaN: all up to that one are left out."""
+    log.warning(
+        "step %d gave NaN: back to step %d, and on with the batch after the bad one", failure.step, step
+    )
+    batches.set_state(batches.get_state() | {"next_batch": failure.next_batch})
 
 
 def _needs_check(mesh: Mesh) -> bool:

@@ -61,17 +61,22 @@ def join(options: Mapping[str, str], environment: Mapping[str, str] = os.environ
     gpu = gpu_of(place, environment)
     if place.process_id > 0:
         _wait_for_coordinator(place)
-    jax.distributed.initialize(
-        place.coordinator,
-        place.processes,
-        place.process_id,
-        local_device_ids=gpu,
-        cluster_detection_method="deactivate",
-        initialization_timeout=CONNECT_SECONDS,
-        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-        shutdown_timeout_seconds=PARTING_SECONDS,
-        coordinator_bind_address=place.listens_on,
-    )
+    try:
+        jax.distributed.initialize(
+            place.coordinator,
+            place.processes,
+            place.process_id,
+            local_device_ids=gpu,
+            cluster_detection_method="deactivate",
+            initialization_timeout=CONNECT_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=PARTING_SECONDS,
+            coordinator_bind_address=place.listens_on,
+        )
+    except (ValueError, RuntimeError) as error:  # such as a port in use
+        reason = str(error).partition("\n")[0]
+        rule = f"process {place.process_id} could not join there: {reason}"
+        raise ConfigError("--coordinator", place.coordinator, rule) from error
 
 
 def _end_with(launcher: int) -> None:

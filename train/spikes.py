@@ -25,13 +25,14 @@ class SpikeWatch:
 
     def __call__(self, step: int, grad_norm: float) -> str | None:
         """The warning of one step, if there is one."""
-        typical = statistics.median(self._recent) if len(self._recent) >= NEEDED else math.inf
-        if math.isfinite(grad_norm):
-            self._recent.append(grad_norm)
+        if not math.isfinite(grad_norm):
+            return None  # is reported as what it is
+        count = len(self._recent)
+        typical = statistics.median(self._recent) if count >= NEEDED else math.inf
+        self._recent.append(grad_norm)
         if self._factor == 0 or not grad_norm > self._factor * typical:
             return None
         return (
             f"step {step}: gradient norm {grad_norm:.3g}, {grad_norm / typical:.0f} times the median of the last "
-            f"{len(self._recent) - 1} steps; it was clipped to optimizer.clip_norm; if the loss follows, lower "
-            "optimizer.learning_rate"
+            f"{count} steps; if the loss follows, lower optimizer.learning_rate or optimizer.clip_norm"
         )

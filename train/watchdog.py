@@ -88,8 +88,8 @@ class Watchdog:
         try:
             yield
         finally:
+            self._finished_at = time.monotonic()  # before it is watched again
             self._pauses -= 1
-            self._finished_at = time.monotonic()
 
     def limit(self) -> float | None:
         """Seconds that the steps begun so far may take; None before enough steps have been timed."""
@@ -100,31 +100,47 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stop.wait(min(POLL_SECONDS, self._floor / 4)):
+            if self._pauses:
+                continue
             limit, since = self.limit(), self._finished_at
-            if limit is None or since is None or self._pauses:
+            if limit is None or since is None:
                 continue
             waited = time.monotonic() - since
-            if waited > limit:
+            if waited > limit or (waited > self._floor / 2 and self._another_gave_up()):
                 self._give_up(waited)
                 return
 
+    def _another_gave_up(self) -> bool:
+        """Whether a process asks where this one stands: its limit is lower if it has begun fewer steps."""
+        if jax.process_count() == 1:
+            return False
+        with contextlib.suppress(Exception):  # a coordinator that has gone is not what is asked for here
+            return bool(processes.look(_TOPIC))
+        return False
+
     def _give_up(self, waited: float) -> None:
         """Dump the stacks of this process, name those that are behind, end."""
-        self._path.parent.mkdir(exist_ok=True)
-        with contextlib.suppress(OSError), self._path.open("w") as file:
-            faulthandler.dump_traceback(file)
+        try:
+            self._report(waited)
+        finally:
+            self._end(TrainingFailed.exit_code)
+
+    def _report(self, waited: float) -> None:
+        with contextlib.suppress(OSError):
+            self._path.parent.mkdir(exist_ok=True)
+            with self._path.open("w") as file:
+                faulthandler.dump_traceback(file)
         with contextlib.suppress(OSError, ValueError):  # no real file, as under a notebook
             faulthandler.dump_traceback(sys.stderr)
         print(
             f"error: step {self._finished + 1} has not ended after {waited:.0f} s"
-            f"{self._who_is_behind()}; all stacks are in {self._path.parent}; the last checkpoint is intact, the same "
-            "command goes on from it",
+            f"{self._who_is_behind()}; all stacks are in {self._path.parent}; the same command goes on "
+            "from the last checkpoint",
             file=sys.stderr,
             flush=True,
         )
         if jax.process_count() > 1 and processes.is_first():
             time.sleep(MEETING_SECONDS)  # the others still need the coordinator, which lives here
-        self._end(TrainingFailed.exit_code)
 
     def _who_is_behind(self) -> str:
         if jax.process_count() == 1:

@@ -124,30 +124,32 @@ def test_nan_ends_the_run_and_names_step_and_layer(run, capsys):
     assert sorted(path.name for path in (run.workdir / "checkpoints").iterdir()) == good
 
 
-def test_nan_rolls_back_to_the_checkpoint_and_leaves_its_batch_out(run, monkeypatch):
+def test_nan_rolls_back_to_the_checkpoint_and_leaves_bad_batches_out(run, monkeypatch):
     taken, raised, refuse = [], [], Reporter._refuse_nan
 
     def take(batch, mesh):
         taken.append(batch["index"].tolist())
         return device_batch(batch, mesh)
 
-    def nan_at_step_8(self, step, metrics):
-        if step == 8 and not raised:
+    def nan_of_two_batches(self, step, metrics):
+        # The eighth batch; then, when step 6 is that of the ninth, the tenth.
+        if step == [8, 7, None][len(raised)]:
             raised.append(step)
-            raise NotFinite(8, "step 8: loss nan")
+            raise NotFinite(step, f"step {step}: loss nan")
         refuse(self, step, metrics)
 
     monkeypatch.setattr("train.loop.device_batch", take)
-    undisturbed = ("--steps", 16, "--checkpoint.every", 5)
+    undisturbed = ("--steps", 18, "--checkpoint.every", 5)
     assert run(*undisturbed) == 0
     batches = taken[:]
     taken.clear()
-    monkeypatch.setattr(Reporter, "_refuse_nan", nan_at_step_8)
+    monkeypatch.setattr(Reporter, "_refuse_nan", nan_of_two_batches)
     monkeypatch.setattr(reporter, "MAX_AHEAD", 1)
     run.workdir = run.workdir.with_name("rolled-back")
     assert run("--steps", 12, "--checkpoint.every", 5, "--checkpoint.on_nan", "rollback") == 0
     again = taken.index(batches[8], 8)  # the host was a step ahead of the report
-    assert taken[:again][:8] == batches[:8] and taken[again:][-7:] == batches[8:15], "on with the ninth batch"
+    assert taken[:again][:8] == batches[:8] and taken[-7:] == batches[10:17], "on with the eleventh batch"
+    assert raised == [8, 7]
     assert steps_of(small.read_metrics(run.workdir)) == list(range(1, 13))
     log = (run.workdir / "log.txt").read_text()
     assert "step 8 gave NaN: back to step 5, and on with the batch after the bad one" in log

@@ -36,7 +36,7 @@ def test_sums_are_those_of_the_routers_decisions(layout):
     run = small.config()
     trainer, batch = small.Steps(run, *layout), small.random_batch(run, 1)
     with jax.set_mesh(trainer.mesh):
-        sums = jax.jit(make_eval_step(trainer.spec))(trainer.state.params, trainer.put(batch))
+        sums = jax.jit(make_eval_step(trainer.spec, trainer.mesh))(trainer.state.params, trainer.put(batch))
     sums = jax.device_get(sums)
     alone = jax.device_get(trainer.state.params)
     load, together, first = naive_sums(trainer.spec.merge(alone), batch)

@@ -208,7 +208,9 @@ def test_processes_with_different_configs_refuse_to_begin(config, tmp_path):
     output = run(*words, "--process-id", 0, code=2)
     assert other.communicate(timeout=60)[0] and other.returncode == 2
     assert re.search(
-        r"^error: CONFIG = .*must be the same in every process, but that of process 1", output, re.M
+        r"^error: seed = 0 in process 0: must be the same in every process, but that of process 1",
+        output,
+        re.M,
     )
     assert not (tmp_path / "run").exists()
 

@@ -22,5 +22,5 @@ def test_a_jump_is_reported_and_a_slow_rise_is_not():
 def test_what_is_left_out():
     assert warnings([1.0] * (NEEDED - 1) + [1e9]) == [], "too few steps to know"
     assert warnings([1.0] * 50 + [1e9], factor=0) == [], "switched off"
-    # What is not finite is reported as such, and does not count among the usual.
-    assert warnings([1.0] * 30 + [math.nan, math.inf] * 30 + [11.0]) == [*range(32, 91, 2), 91]
+    # What is not finite is reported as such elsewhere, and does not count among the usual.
+    assert warnings([1.0] * 30 + [math.nan, math.inf] * 30 + [11.0]) == [91]
