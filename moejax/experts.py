@@ -25,6 +25,7 @@ from custom_ops import (
     unpermute,
 )
 from moejax.layers import ACTIVATIONS, gelu, init_matrix
+from moejax.mesh import tensor_axes
 
 
 class Activation(NamedTuple):
@@ -113,7 +114,12 @@ class Experts(nnx.Module):
         rows_ND, sizes = permute(x_TD, plan), plan.group_sizes_P
         hidden_NH = grouped_matmul(rows_ND, w_in_EDH, sizes) + bias_of_rows(rows_ND, b_in_EH, sizes)
         a_NF = ACTIVATIONS[self.activation][0](hidden_NH)
-        y_ND = grouped_matmul(a_NF, w_out_EFD, sizes) + bias_of_rows(rows_ND, self.b_out[...], sizes)
+        b_out_ED = self.b_out[...]
+        if (
+            parts := tensor_axes()
+        ):  # the results of the devices along it are summed: one of them adds the bias
+            b_out_ED = jnp.where(jax.lax.axis_index(parts) == 0, b_out_ED, 0)
+        y_ND = grouped_matmul(a_NF, w_out_EFD, sizes) + bias_of_rows(rows_ND, b_out_ED, sizes)
         return unpermute(y_ND, plan, weights_TK)
 
 

@@ -154,6 +154,12 @@ def _map_parameters(function: Callable[[Sequence[str], Sequence[int]], Any], sta
     return jax.tree.map(of, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
+def has_axis(module: nnx.Module, name: str) -> bool:
+    """Whether any parameter of the module has this logical axis."""
+    variables = nnx.to_flat_state(nnx.state(module))
+    return any(name in variable.get_metadata("axes", ()) for _, variable in variables)
+
+
 def token_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of an array whose leading dimension is tokens or sequences."""
     return NamedSharding(mesh, P(tuple(axis for axis in TOKEN_AXES if axis in mesh.axis_names)))
@@ -184,9 +190,17 @@ def over_tokens(
       replicated: tree of arrays that every device has whole.
       out_specs: from the spec of a token array to the tree of specs of the results.
 
+    Raises:
+      ValueError: an axis of the mesh is of the Explicit type.
+
     Without an ambient mesh, or already inside a `shard_map` over the token axes, `fn` is simply called.
     """
     mesh, axes = ambient_mesh(), token_axes()
+    if AxisType.Explicit in mesh.axis_types:
+        raise ValueError(
+            f"mesh axes {mesh.axis_names} are Explicit: make the mesh by moejax.make_mesh, or with "
+            f"axis_types=(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)}"
+        )
 
     def local(params: Any, replicated: Any, *arrays: Any) -> Any:
         return fn(make_varying(params, axes), replicated, *arrays)

@@ -28,7 +28,15 @@ from moejax.losses import (
     sequence_balance_loss,
     z_loss,
 )
-from moejax.mesh import ambient_mesh, expert_axes, make_varying, over_tokens, tensor_axes, token_axes
+from moejax.mesh import (
+    ambient_mesh,
+    expert_axes,
+    has_axis,
+    make_varying,
+    over_tokens,
+    tensor_axes,
+    token_axes,
+)
 from moejax.order import after, together
 from moejax.routing import Router, Routing, make_router
 from moejax.routing.check import check_routing
@@ -252,8 +260,8 @@ class MoE(nnx.Module):
         if self.shadow and expert_axes():
             shadow = Shadow(self.shadow, lambda hot_S: replicate_module(experts, hot_S, expert_axes()))
         # Each device along the tensor axis computes a part of every hidden width: its results are summed once, here,
-        # and in backward the gradients of what goes in.
-        parts = tensor_axes()
+        # and in backward the gradients of what goes in. Experts that have no such width are whole on every device.
+        parts = tensor_axes() if has_axis(experts, "hidden") else ()
         own_TD, own_ids_TK, own_weights_TK = make_varying((x_TD, ids_TK, routing.weights_TK), parts)
         part_TD, account = deliver(
             own_TD,

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 
 from custom_ops import make_plan, permute, unpermute
 from custom_ops.varying import vary_like
@@ -73,7 +74,11 @@ class Ragged:
         return y_TD, served_TK > 0
 
     def _move(self, there: Lanes, back: Lanes, num_rows: int):
-        return lambda rows: _exchange(self.axis, num_rows, rows, there, back)
+        return Partial(partial(_moved, axis=self.axis, num_rows=num_rows), there, back)
+
+
+def _moved(there, back, rows, *, axis, num_rows):
+    return _exchange(axis, num_rows, rows, there, back)
 
 
 def _lanes(count_P: jax.Array, axis: str, capacity: int) -> tuple[Lanes, Lanes]:

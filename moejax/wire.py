@@ -6,17 +6,17 @@ Shapes: T tokens, N rows, D model width, K experts per token.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 
 # A linear map that carries rows between devices, whatever their dtype.
 Move = Callable[[jax.Array], jax.Array]
 
 # Compression of rows. "bf16": both ways, relative error 2**-9 per element. "fp8": e4m3 with one scale per row towards
 # the experts, error at most 2**-4 of an element or 2**-10 of the largest in its row, whichever is larger; bf16 on
-# the way back, gradients uncompressed.
+# the way back; in backward bf16 towards the experts and no compression back. "all_gather" sums its results in bf16 too.
 WIRES = ("none", "bf16", "fp8")
 
 _FP8 = jnp.float8_e4m3fn
@@ -47,7 +47,8 @@ def unpack_choices(message_N2K: jax.Array, first: jax.Array, count: int) -> tupl
 def send(rows_ND: jax.Array, move: Move, wire: str) -> jax.Array:
     """Rows towards the experts, compressed as `wire` says; the dtype that arrives is the one that left."""
     if wire == "fp8":
-        return _send_fp8(move, rows_ND)
+        # A pytree: what it holds may be traced, as its differentiation rule must know.
+        return _send_fp8(move if isinstance(move, Partial) else Partial(move), rows_ND)
     return _send_cast(rows_ND, move, wire)
 
 
@@ -62,8 +63,8 @@ def _send_cast(rows_ND: jax.Array, move: Move, wire: str) -> jax.Array:
     return move(rows_ND)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _send_fp8(move: Move, rows_ND: jax.Array) -> jax.Array:
+@jax.custom_vjp
+def _send_fp8(move: Partial, rows_ND: jax.Array) -> jax.Array:
     largest_N1 = jnp.max(jnp.abs(rows_ND), axis=1, keepdims=True).astype(jnp.float32)
     scale_N1 = jnp.where(largest_N1 > 0, largest_N1 / _FP8_MAX, 1)
     payload_ND = (rows_ND.astype(jnp.float32) / scale_N1).astype(_FP8)
@@ -74,12 +75,13 @@ def _send_fp8(move: Move, rows_ND: jax.Array) -> jax.Array:
 
 
 def _send_fp8_forward(move, rows_ND):
-    return _send_fp8(move, rows_ND), jnp.zeros_like(rows_ND)
+    return _send_fp8(move, rows_ND), (move, jnp.zeros_like(rows_ND))
 
 
-def _send_fp8_backward(move, zeros_ND, d_rows_ND):
+def _send_fp8_backward(saved, d_rows_ND):
+    move, zeros_ND = saved
     (d_sent_ND,) = jax.vjp(move, zeros_ND)[1](d_rows_ND)
-    return (d_sent_ND,)
+    return None, d_sent_ND
 
 
 _send_fp8.defvjp(_send_fp8_forward, _send_fp8_backward)

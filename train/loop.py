@@ -157,6 +157,8 @@ def _train(config: TrainConfig, workdir: Path, failure: NotFinite | None) -> Non
                 with monitor.paused(), watchdog.paused():
                     part = config.eval.max_batches
                     whole = None if last else part
+                    if last and part is not None:
+                        log.info("evaluating on the whole validation split")
                     split = validation_batches(corpus, batch_size, sequence_length, whole, rows)
                     evaluation = evaluate(eval_step, state.params, split, mesh)
                     extra |= evaluation.standing(part)

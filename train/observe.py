@@ -30,6 +30,7 @@ class ExpertView:
     Fields:
       load_ME: choices per expert.
       dropped_M: choices that were not carried out.
+      by_router_M: those of them that the router itself dropped, which `load_ME` does not count.
       first_MW: first choice of each watched token, -1 for none; where the evaluation left it, on the device.
       together_MEE: of the first batches, tokens that chose both experts; on the diagonal, those that chose the one.
       together_tokens: tokens of these batches.
@@ -37,6 +38,7 @@ class ExpertView:
 
     load_ME: np.ndarray
     dropped_M: np.ndarray
+    by_router_M: np.ndarray
     first_MW: Any
     together_MEE: np.ndarray
     together_tokens: int
@@ -48,7 +50,7 @@ class ExpertView:
             return None
         total = lambda name: np.sum([np.asarray(b[name], np.int64) for b in batches if name in b], axis=0)  # noqa: E731
         tokens = sum(int(b["routed"]) for b in batches if "together" in b)
-        return cls(total("load"), total("dropped"), first_MW, total("together"), tokens)
+        return cls(total("load"), total("dropped"), total("by_router"), first_MW, total("together"), tokens)
 
     def metrics(self, first_before_MW: np.ndarray) -> dict[str, Any]:
         """Scalars, and the numbers of each layer under `moe/layers/`.
@@ -58,7 +60,7 @@ class ExpertView:
         """
         even_M = np.maximum(self.load_ME.mean(axis=1), 1e-9)
         max_vio_M = self.load_ME.max(axis=1) / even_M - 1
-        choices_M = np.maximum(self.load_ME.sum(axis=1) + self.dropped_M, 1)
+        choices_M = np.maximum(self.load_ME.sum(axis=1) + self.by_router_M, 1)
         pairs = [best_pairs(together_EE, self.together_tokens) for together_EE in self.together_MEE]
         record = {
             "moe/max_vio": float(max_vio_M.max()),

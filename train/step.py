@@ -234,8 +234,8 @@ def make_eval_step(spec: ModelSpec, mesh: Mesh) -> Callable[[dict[str, Any], Bat
     """`(params, batch) -> sums over the batch`, not yet compiled.
 
     `loss` is the summed cross-entropy in nats of `tokens` targets. With MoE layers also what `train.observe` adds up:
-    `load` [M, E], `dropped` [M], `routed` tokens, `together` [M, E, E], and `first` [M, W], the first choices of the
-    first tokens of the batch.
+    `load` [M, E], `dropped` and of these `by_router` [M], `routed` tokens, `together` [M, E, E], and `first` [M, W],
+    the first choices of the first tokens of the batch.
     """
 
     def step(params: dict[str, Any], batch: Batch) -> Metrics:
@@ -253,6 +253,7 @@ def make_eval_step(spec: ModelSpec, mesh: Mesh) -> Callable[[dict[str, Any], Bat
             sums |= {
                 "load": stats.load_E,
                 "dropped": stats.dropped + stats.router.dropped,
+                "by_router": stats.router.dropped,
                 "routed": stats.router.tokens[0],
                 "together": stats.choices.together_EE,
                 "first": stats.choices.first_T[:, :WATCHED_TOKENS],

@@ -109,12 +109,13 @@ class LiveTerminal:
         # Only here, so that a run in a batch queue does not load it.
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.table import Column
 
         self._pace = Pace(total_steps)
         self._evaluation = ""
         self._progress = Progress(
             BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),  # the bar gives way on a narrow screen
             TextColumn("{task.fields[numbers]}"),
             TextColumn("{task.fields[evaluation]}"),
             TextColumn("ETA {task.fields[remaining]}"),

@@ -55,7 +55,7 @@ RANGES: dict[str, Rule] = {
     "model.loss_chunk": COUNT,
     "model.moe.num_experts": WIDTH,
     "model.moe.capacity_factor": POSITIVE,
-    "model.moe.chunks": COUNT,
+    "model.moe.chunks": whole(1, 64),  # each is a copy of the layer in the program
     "model.moe.shadow": COUNT_OR_ZERO,
     "model.moe.shared_experts": COUNT_OR_ZERO,
     "model.moe.d_hidden": WIDTH,

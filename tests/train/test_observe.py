@@ -90,11 +90,12 @@ def test_pairs_are_told_from_independent_choices():
 
 
 def test_numbers_of_an_evaluation():
-    load, dropped = np.array([[6, 2, 4], [4, 4, 4]]), np.array([3, 0])
+    # Of the five that were not carried out, the router has dropped three; the load counts the other two.
+    load, dropped, by_router = np.array([[6, 2, 4], [4, 4, 4]]), np.array([3, 2]), np.array([3, 0])
     first = np.array([[0, 1], [2, 2]])
-    view = ExpertView(load, dropped, first, np.zeros((2, 3, 3)), 0)
+    view = ExpertView(load, dropped, by_router, first, np.zeros((2, 3, 3)), 0)
     never = view.metrics(np.full((2, 2), NEVER))
-    assert never["moe/max_vio"] == 0.5 and never["moe/dropped_fraction"] == 3 / 27
+    assert never["moe/max_vio"] == 0.5 and never["moe/dropped_fraction"] == 5 / 27
     assert "moe/changed" not in never, "there is nothing to compare with"
     again = view.metrics(np.array([[0, 0], [2, 2]]))
     assert again["moe/changed"] == 0.25 and again["moe/layers/changed"].tolist() == [0.5, 0]
