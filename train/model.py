@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,7 +14,7 @@ import moejax
 from moejax.mesh import state_shardings
 from moejax.routing import ROUTERS, router_options
 from train.config import MeshConfig, MoEConfig, TrainConfig
-from train.validation import LOSSES, moe_layer_numbers, routers_of_layers
+from train.validation import LOSSES, hidden_widths, moe_layer_numbers, routers_of_layers
 
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 
@@ -50,11 +49,11 @@ def bias_rate(config: TrainConfig) -> float:
 def make_model(config: TrainConfig, vocab_size: int, rngs: nnx.Rngs) -> moejax.Transformer:
     """The transformer that `config.model` describes."""
     model = config.model
-    d_hidden = model.d_hidden or math.ceil(8 * model.d_model / 3 / 8) * 8
+    d_hidden, expert_hidden = hidden_widths(model)
 
     def moe(router: str) -> dict[str, Any]:
         return {
-            "d_hidden": model.moe.d_hidden or math.ceil(d_hidden / experts_per_token(model.moe) / 8) * 8,
+            "d_hidden": expert_hidden,
             "num_experts": model.moe.num_experts,
             "top_k": model.moe.top_k,
             "router": router,

@@ -281,10 +281,23 @@ def _check_widths(config: TrainConfig, mesh: MeshConfig) -> None:
     if mesh.fsdp and model.d_model % mesh.data:
         rule = f"needs model.d_model ({model.d_model}) to be divisible by mesh.data ({mesh.data})"
         raise ConfigError("mesh.fsdp", mesh.fsdp, rule)
-    for name in ("model.d_hidden", "model.moe.d_hidden"):
-        width = get(config, name)
-        if width is not None and width % mesh.tensor:
+    moe_layers = moe_layer_numbers(model.moe_layers, model.num_layers)
+    dense, expert = hidden_widths(model)
+    # A width that no layer has may be anything.
+    in_use = {"model.d_hidden": dense} if len(moe_layers) < model.num_layers else {}
+    in_use |= {"model.moe.d_hidden": expert} if moe_layers else {}
+    for name, width in in_use.items():
+        if width % mesh.tensor:
             raise ConfigError(name, width, f"must be divisible by mesh.tensor ({mesh.tensor})")
+
+
+def hidden_widths(model: ModelConfig) -> tuple[int, int]:
+    """Hidden width of a dense FFN and of an expert, where unset in multiples of 8."""
+    from moejax.routing import ROUTERS
+
+    top_k = model.moe.top_k or ROUTERS[model.moe.router].default_top_k
+    dense = model.d_hidden or math.ceil(8 * model.d_model / 3 / 8) * 8
+    return dense, model.moe.d_hidden or math.ceil(dense / top_k / 8) * 8
 
 
 def _options(config: TrainConfig) -> dict[str, object]:
@@ -352,14 +365,13 @@ def _check_sizes(config: TrainConfig) -> None:
         rule = f"times data.sequence_length ({data.sequence_length}) must be at most {_MAX_ELEMENTS}"
         raise ConfigError("data.batch_size", data.batch_size, rule)
     columns = 2 if model.activation == "swiglu" else 1
-    hidden = model.d_hidden or 8 * model.d_model // 3
+    hidden, d_hidden = hidden_widths(model)
     if model.d_model * hidden * columns > _MAX_ELEMENTS:
         rule = f"times model.d_model ({model.d_model}) and {columns} must be at most {_MAX_ELEMENTS}"
         raise ConfigError("model.d_hidden", hidden, rule)
     if not moe_layer_numbers(model.moe_layers, model.num_layers):
         return
     experts = moe.num_experts // (config.mesh.expert_node * config.mesh.expert)
-    d_hidden = moe.d_hidden or max(hidden // (moe.top_k or 1), 1)
     if experts * model.d_model * d_hidden * columns > _MAX_ELEMENTS:
         factors = f"experts of a device ({experts}), model.d_model ({model.d_model}) and {columns}"
         rule = f"times {factors} must be at most {_MAX_ELEMENTS}; a larger mesh.expert leaves a device fewer experts"

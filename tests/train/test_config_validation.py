@@ -189,7 +189,7 @@ def test_moe_layer_numbers_refuses(text):
         ({"data.batch_size": "2000000000"}, r"data.batch_size = 2000000000: times data.sequence_length"),
         (
             {"model.d_model": "1048576", "model.moe.d_hidden": "1048576"},
-            r"model.d_hidden = 2796202: times model.d_model \(1048576\) and 2 must be at most 2147483647",
+            r"model.d_hidden = 2796208: times model.d_model \(1048576\) and 2 must be at most 2147483647",
         ),
         (
             {"model.moe.num_experts": "1048576", "model.moe.d_hidden": "100000"},
@@ -200,3 +200,16 @@ def test_moe_layer_numbers_refuses(text):
 def test_sizes_beyond_32_bits(fields, message):
     with pytest.raises(ConfigError, match=f"^{message}"):
         validate(override(TrainConfig(), fields), 1)
+
+
+def test_widths_that_the_tensor_axis_does_not_divide():
+    three = {"mesh.tensor": "3", "data.batch_size": "3"}
+    with pytest.raises(
+        ConfigError, match=r"^model.moe.d_hidden = 176: must be divisible by mesh.tensor \(3\)"
+    ):
+        validate(override(TrainConfig(), three), 3)
+    with pytest.raises(ConfigError, match=r"^model.d_hidden = 344: must be divisible by mesh.tensor \(3\)"):
+        validate(override(TrainConfig(), three | {"model.moe_layers": "none"}), 3)
+    # The experts' width is nobody's here.
+    dense = three | {"model.moe_layers": "none", "model.d_hidden": "342", "model.moe.d_hidden": "128"}
+    validate(override(TrainConfig(), dense), 3)
