@@ -29,6 +29,11 @@ LAST_LINES = 8
 
 # Exit codes of processes that a signal has stopped in order: all of them are about to end by themselves.
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+# Signals no process ends by because another one has died. The victims may be seen to end first: the kernel closes a
+# killed process's connections before it tells the parent.
+_CAUSES = tuple(
+    -number for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
+)
 
 
 class Worker:
@@ -84,8 +89,9 @@ class Worker:
     def end(self) -> int:
         """Wait for it and for all it wrote; the exit code as a shell gives it."""
         code = self.process.wait()
-        if self._reader:
+        if self._reader and self.process.stdout:
             self._reader.join()
+            self.process.stdout.close()
         return 128 - code if code < 0 else code
 
 
@@ -136,7 +142,7 @@ def launch(words: Sequence[str], processes: int, devices: int | None) -> int:
     try:
         dead = _wait_for_first_failure(workers)
         if dead is not None and dead.process.returncode not in _STOPPED:
-            _stop_all(workers)
+            dead = _stop_all(workers) or dead
         codes = [worker.end() for worker in workers]
     finally:
         for worker in workers:
@@ -166,13 +172,19 @@ def _wait_for_first_failure(workers: Sequence[Worker]) -> Worker | None:
         time.sleep(0.05)
 
 
-def _stop_all(workers: Sequence[Worker]) -> None:
-    """Let the others find out by themselves, then end them: nobody may be left behind."""
+def _stop_all(workers: Sequence[Worker]) -> Worker | None:
+    """Let the others find out by themselves, then end them: nobody may be left behind.
+
+    Returns:
+      The one that was killed or crashed, and so is the cause whichever was seen to end first; None without one.
+    """
     deadline = time.monotonic() + GRACE_SECONDS
     while time.monotonic() < deadline and any(worker.process.poll() is None for worker in workers):
         time.sleep(0.05)
+    cause = next((worker for worker in workers if worker.process.poll() in _CAUSES), None)
     for worker in workers:
         worker.signal(signal.SIGKILL)
+    return cause
 
 
 def _log_folder(words: Sequence[str]) -> pathlib.Path:

@@ -10,9 +10,9 @@ import pytest
 from tests import tolerance
 from tests.train import launching, small
 from tests.train.launching import children, is_gone, run, start, wait_for_step
-from train import processes
+from train import launch, processes
 from train.config import MeshConfig
-from train.errors import ConfigError
+from train.errors import ConfigError, TrainingFailed
 from train.integrity import find_fault, writer_of
 from train.place import Place, find_place, gpu_of, open_mpi_place, slurm_place
 
@@ -187,6 +187,15 @@ def test_processes_are_stopped_and_killed_together_and_go_on_to_the_same_bits(co
 
     run(*launched(config, workdir, *OPTIONS))
     assert small.read_metrics(workdir) == undisturbed, "to the last bit"
+
+
+def test_a_killed_process_is_named_although_its_victim_is_seen_to_end_first(tmp_path, monkeypatch):
+    program = tmp_path / "program"
+    program.write_text('#!/bin/sh\n[ "$MOEJAX_PROCESS_ID" = 0 ] && exit 3\nsleep 0.3; kill -9 $$\n')
+    program.chmod(0o700)
+    monkeypatch.setattr(launch.sys, "executable", str(program))
+    with pytest.raises(TrainingFailed, match="process 1 of 2 ended with code 137"):
+        launch.launch(["train", "--workdir", str(tmp_path / "run")], processes=2, devices=1)
 
 
 def test_bad_input_of_a_launched_run_writes_nothing(config, tmp_path):
