@@ -2,10 +2,11 @@
 
     python -m benchmarks.train_step
 
-Three tables, all measured in one run, programs taken in turn so that a machine that changes its speed changes it for
+Four tables, all measured in one run, programs taken in turn so that a machine that changes its speed changes it for
 all of them: the share of the quickstart's step that is spent in matrix products (from the profiler's trace of the
 compiled program), the MoE's step against that of the dense model of the same active parameters at several batch
-sizes with AdamW, and the share of the optimizer for AdamW and Muon.
+sizes with AdamW, the share of the optimizer for AdamW and Muon, and the quickstart's step with the native ops and with
+plain XLA in their place.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from benchmarks import environment
 from benchmarks.environment import milliseconds
 from benchmarks.twins import VOCAB, Compiled, active_parameters, dense_twin
 from configs import quickstart
+from custom_ops import native
 from train.config import TrainConfig
 from train.memory import keep_freed_memory
 from train.model import ModelSpec
@@ -132,6 +134,16 @@ def optimizers_table() -> str:
     )
 
 
+def native_table() -> str:
+    native_ops = Compiled(quickstart.config())
+    with native.disabled():
+        xla = Compiled(quickstart.config())
+    times = milliseconds({"native": native_ops.step, "xla": xla.step})
+    header = ["native ops ms", "plain XLA ms", "plain XLA / native"]
+    ratio = f"{times['xla'] / times['native']:.2f}"
+    return environment.table(header, [[f"{times['native']:.0f}", f"{times['xla']:.0f}", ratio]])
+
+
 def main() -> None:
     keep_freed_memory()
     base = quickstart.config()
@@ -148,6 +160,8 @@ def main() -> None:
             twins_table(),
             "The optimizer:",
             optimizers_table(),
+            f"The quickstart's step without the native ops (moving rows, grouped products, SwiGLU; {native.describe()}):",
+            native_table(),
         ]
     )
     environment.save("train_step", "The cost of a train step", text)

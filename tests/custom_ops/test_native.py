@@ -2,6 +2,8 @@
 
 import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -154,6 +156,24 @@ def shaped(shape, dtype=jnp.float32):
 def test_a_wrong_call_is_an_error_not_a_crash(name, results, operands, attributes, words):
     with pytest.raises(jax.errors.JaxRuntimeError, match=words):
         native.call(f"moejax_{name}", results, *operands, **attributes)
+
+
+def test_a_handler_that_runs_out_of_memory_is_an_error_not_a_crash():
+    """Its counters take twice the memory of its results, which alone fit: the allocation throws in C++."""
+    program = """
+import resource
+import jax.numpy as jnp
+from custom_ops import make_plan
+
+dest = jnp.zeros((2, 1), jnp.int32)
+make_plan(dest, 3)
+taken = 1024 * int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmSize")))
+resource.setrlimit(resource.RLIMIT_AS, (taken + 2**30, taken + 2**30))
+print(make_plan(dest, 2**27).num_invalid)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 1, result.stderr
+    assert "INTERNAL: moejax: std::bad_alloc" in result.stderr
 
 
 def test_without_the_library_there_is_a_warning_and_the_same_result(monkeypatch):
