@@ -160,7 +160,7 @@ def main() -> None:
             twins_table(),
             "The optimizer:",
             optimizers_table(),
-            f"The quickstart's step without the native ops (moving rows, grouped products, SwiGLU; {native.describe()}):",
+            f"The quickstart's step without the native ops (library: {native.describe()}):",
             native_table(),
         ]
     )
