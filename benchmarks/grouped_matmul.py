@@ -3,7 +3,8 @@
     python -m benchmarks.grouped_matmul [--torch PYTHON]
 
 The limit is dense products of the same FLOPs, the gradient written for all E matrices. PYTHON is the interpreter of an
-environment with PyTorch; without it that column is empty. All columns are measured in turn in one run; each ratio is
+environment with PyTorch; without it that column is empty. So is tokamax's where it is not installed (on CPU it is
+`lax.ragged_dot`). All columns are measured in turn in one run; each ratio is
 limit / time, so 1 is the limit and more is better.
 
 A second table is on the cost of a token as the experts become more: milliseconds of forward and both gradients, those
@@ -13,6 +14,7 @@ gradient written), and what is left per token against E = 8.
 
 import argparse
 import functools
+import importlib.util
 import pathlib
 import statistics
 import subprocess
@@ -85,6 +87,17 @@ def limit(x, w, dy, sizes):
     return x @ w[0], dy @ w[0].T, dw
 
 
+def tokamax_product():
+    """tokamax's grouped product with its own gradients; None where it is not installed."""
+    if importlib.util.find_spec("tokamax") is None:
+        return None
+    import tokamax
+    from absl import flags
+
+    flags.FLAGS.mark_as_parsed()  # or it takes our command line for its own
+    return tokamax.ragged_dot
+
+
 def measure(shape: tuple[int, ...], load: str, torch: str | None) -> list[object]:
     N, D, F, E = shape
     platform = jax.default_backend()
@@ -99,6 +112,8 @@ def measure(shape: tuple[int, ...], load: str, torch: str | None) -> list[object
         steps[name] = step_of(lambda x, w, s, name=name: grouped_matmul(x, w, s, implementation=name))
     if E <= RAGGED_DOT_MAX_EXPERTS:
         steps["ragged_dot"] = step_of(jax.lax.ragged_dot)
+    if platform == "gpu" and (product := tokamax_product()):
+        steps["tokamax"] = step_of(product)
     peer = TorchPeer(torch, shape) if torch and load == "balanced" else None
     torch_times = []
     calls = {name: lambda step=step: step(x, w, dy, sizes) for name, step in steps.items()}
@@ -109,7 +124,7 @@ def measure(shape: tuple[int, ...], load: str, torch: str | None) -> list[object
         times["torch"] = statistics.median(torch_times)
         peer.close()
     flops = 3 * 2 * N * D * F
-    columns = [*IMPLEMENTATIONS[platform], "torch", "ragged_dot"]
+    columns = [*IMPLEMENTATIONS[platform], "torch", "ragged_dot", "tokamax"]
     ratios = [f"{times['limit'] / times[name]:.2f}" if name in times else "" for name in columns]
     return [*shape, load, f"{times['limit']:.1f}", f"{flops / times['limit'] / 1e6:.0f}", *ratios]
 
@@ -166,7 +181,7 @@ def main() -> None:
     rows = [measure(shape, load, torch) for shape in shapes for load in ("balanced", "Dirichlet(1)")]
     scaling = cost_per_token(*shapes[0][:3], (8, 64, 256))
     header = ["N", "D", "F", "E", "load", "limit ms", "limit GFLOP/s"]
-    header += [*IMPLEMENTATIONS[platform], "PyTorch", "ragged_dot"]
+    header += [*IMPLEMENTATIONS[platform], "PyTorch", "ragged_dot", "tokamax"]
     choice = default_implementation(jnp.float32 if platform == "cpu" else jnp.bfloat16, *shapes[0][1:])
     peer = (
         "PyTorch was not given."

@@ -9,9 +9,11 @@ Three products belong together, each one's gradients are the other two:
   grouped_matmul_drhs  w_EDF   = per group, rows_ND transposed @ dout_NF
 All sum in at least f32; the tail gives 0 and is never summed, whatever stands in it.
 
-tokamax is not among the implementations. Its release for Python 3.11 (0.0.12) gives wrong weight gradients for empty
-groups from its Triton kernel, its Mosaic kernels copy transposes for both gradients, and its default tiles for an H200
-are not tuned. What it has beyond our Triton kernels, Mosaic's warpgroup products, is taken from jax itself here.
+tokamax is not among the implementations, though benchmarks/grouped_matmul.py measures it where it is installed. Its
+release for Python 3.11 (0.0.12) wants typeguard 2.13, which the command line's tyro excludes, and reads the program's
+command line as its own flags; its Triton kernel gives wrong weight gradients for empty groups, and its Mosaic kernels
+copy transposes for both gradients. What it has beyond our Triton kernels, Mosaic's warpgroup products, is taken from
+jax itself here.
 """
 
 import functools
