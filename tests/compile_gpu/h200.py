@@ -63,14 +63,14 @@ COLLECTIVES = (
 )
 
 
-def devices(count: int) -> list[jax.Device]:
-    """That many H200s in one node, for compiling only."""
+def devices(count: int, nodes: int = 1) -> list[jax.Device]:
+    """That many H200s, spread evenly over so many nodes, for compiling only."""
     from jax.experimental import topologies
 
     # The plugin would refuse to load beside libraries that it only needs for running.
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
     return topologies.get_topology_desc(
-        platform="cuda", topology_name="h200", target_config=TARGET, topology=f"1x1x{count}"
+        platform="cuda", topology_name="h200", target_config=TARGET, topology=f"1x{nodes}x{count // nodes}"
     ).devices
 
 
