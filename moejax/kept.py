@@ -13,6 +13,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from custom_ops import GROUPED_PRODUCT
+from moejax.order import ORDER
 from moejax.routing import ROUTING_DECISION
 
 Tree = TypeVar("Tree")
@@ -35,7 +36,7 @@ def account(tree: Tree) -> Tree:
 
 
 def _policy(*, rows: bool) -> Callable[..., Any]:
-    names = [ROUTING_DECISION, GROUPED_PRODUCT, _ACCOUNT, *([_ROWS] if rows else [])]
+    names = [ROUTING_DECISION, GROUPED_PRODUCT, _ACCOUNT, ORDER, *([_ROWS] if rows else [])]
     is_named = jax.checkpoint_policies.save_only_these_names(*names)
     kept = ("dot_general", *_SUMS, *(_MOVES if rows else ()))
 
