@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from custom_ops.target import target
 from moejax.delivery import OVERFLOWS, deliver
 from moejax.experts import Experts
 from moejax.kept import RECEIVED, keeping
@@ -105,7 +106,8 @@ class MoE(nnx.Module):
         axes, so that their tokens do not travel.
       wire: compression of rows between devices, name in `WIRES`.
       received: what becomes of rows received from other devices between forward and backward, name in `RECEIVED`:
-        "keep" holds them, "resend" lets backward send them again.
+        "keep" holds them, "resend" lets backward send them again (on CPU not where there is a loop of rounds, beside
+        which nothing could be sent; `moejax.order`).
       expert_bias: give the experts biases; see `Experts`.
       shared_experts: so many experts' width of dense FFN is added for every token (DeepSeek-MoE).
       balance_weight, z_weight, importance_weight, load_weight: weights of the losses in `stats.aux_loss`; None takes
@@ -248,13 +250,17 @@ class MoE(nnx.Module):
 
         # The policy stands around `shard_map`: what is kept of the parameters is then what the caller holds anyway.
         tokens = (x.reshape(-1, x.shape[-1]), flat(token_mask), flat(token_ids))
-        y_TD, stats, together_EE, first_T = keeping(run, self.received)(params, (key, batch_load), *tokens)
+        y_TD, stats, together_EE, first_T = keeping(run, self._kept())(params, (key, batch_load), *tokens)
         y = y_TD.reshape(x.shape)
         if self.shared is not None:
             # A masked token enters as 0 and, without biases, leaves as 0.
             seen = x if token_mask is None else jnp.where(token_mask[..., None], x, 0)
             y = y + self.shared(seen).astype(x.dtype)
         return y, replace(stats, choices=Choices(together_EE, first_T)) if observe else stats
+
+    def _kept(self) -> str:
+        may_loop = self.delivery["overflow"] == "rounds" and self.delivery["capacity_factor"] is not None
+        return "keep" if may_loop and target().platform == "cpu" else self.received
 
     def _local(self, graphdef, sequence_length, observe, params, replicated, x_TD, mask_T, token_ids_T):
         """One device's tokens; collectives go along the token axes of the mesh, if there are any."""
