@@ -3,8 +3,8 @@
     python -m benchmarks.programs
 
 needs what `tests/compile_gpu` needs; nothing runs. One SwiGLU layer of the size below, forward and backward in bf16, by
-itself and in a scan over layers, compiled as the trainer does. The wire's bytes are those that one device sends to others
-in its first pass; further rounds, which balanced load does not need, are left out.
+itself and in a scan over layers, compiled as the trainer does. The wire's bytes are those that one device sends to
+others in its first pass; further rounds, which balanced load does not need, are left out.
 """
 
 from __future__ import annotations
@@ -53,21 +53,26 @@ def memory_row(count: int, received: str) -> list[object]:
 
 def main() -> None:
     """Write results/programs_h200.md."""
-    exchanges = environment.table(
-        [
-            "program",
-            "GB of rows sent, by level",
-            "beside them",
-            "exchanges of rows",
-            "with a product under way",
-        ]
-        + ["with any work", "small exchanges", "all-reduces", "loops with collectives", "temporaries, GiB"],
-        [
-            exchange_row("one layer, 1 x 8", nodes=1),
-            exchange_row("4 layers in a scan, 1 x 8", nodes=1, depth=4),
-            exchange_row("one layer, 8 x 8", nodes=8),
-        ],
-    )
+    header = [
+        "program",
+        "GB of rows sent, by level",
+        "beside them",
+        "exchanges of rows",
+        "with a product under way",
+    ]
+    header += [
+        "with any work",
+        "small exchanges",
+        "all-reduces",
+        "loops with collectives",
+        "temporaries, GiB",
+    ]
+    rows = [
+        exchange_row("one layer, 1 x 8", nodes=1),
+        exchange_row("4 layers in a scan, 1 x 8", nodes=1, depth=4),
+        exchange_row("one layer, 8 x 8", nodes=8),
+    ]
+    exchanges = environment.table(header, rows)
     memory = environment.table(
         ["one layer in a scan, chunks = 1", "MiB kept, measured", "formula", "ratio"],
         [memory_row(1, "keep"), memory_row(8, "keep"), memory_row(8, "resend")],

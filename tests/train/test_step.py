@@ -88,6 +88,7 @@ def test_split_in_every_way_at_once_it_trains_alike():
         dict(exchange="ragged", capacity_factor=0.6),
         dict(exchange="auto", chunks=2),
         dict(shadow=2),
+        dict(received="resend"),
     ],
     ids=str,
 )
