@@ -1,5 +1,6 @@
 """Native ops under moejax and their specification."""
 
+from custom_ops.grouped_matmul import GROUPED_PRODUCT as GROUPED_PRODUCT
 from custom_ops.grouped_matmul import grouped_matmul as grouped_matmul
 from custom_ops.grouped_matmul import grouped_matmul_dlhs as grouped_matmul_dlhs
 from custom_ops.grouped_matmul import grouped_matmul_drhs as grouped_matmul_drhs

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from custom_ops import (
@@ -35,6 +36,9 @@ from custom_ops import (
 from custom_ops.checks import require, require_array
 from custom_ops.target import target
 from custom_ops.varying import vary_alike
+
+# Under this name the policies of `jax.checkpoint` know the forward product.
+GROUPED_PRODUCT = "moejax_grouped_product"
 
 
 class Implementation(NamedTuple):
@@ -99,7 +103,7 @@ def grouped_matmul(
     implementation: str | None = None,
     dtype: DTypeLike | None = None,
 ) -> jax.Array:
-    """out_NF: every row times the matrix of its group; tail rows give 0.
+    """out_NF: every row times the matrix of its group; tail rows give 0. Named GROUPED_PRODUCT for `jax.checkpoint`.
 
     Args:
       rows_ND: rows packed by group from row 0.
@@ -118,7 +122,7 @@ def grouped_matmul(
     )
     require(group_sizes_E.shape[0] == E, "group_sizes_E", f"{E} groups as in w_EDF", group_sizes_E.shape)
     rule = _rule(implementation, dtype, rows_ND, D, F, E)
-    return _forward(*rule, *vary_alike(rows_ND, w_EDF, group_sizes_E))
+    return checkpoint_name(_forward(*rule, *vary_alike(rows_ND, w_EDF, group_sizes_E)), GROUPED_PRODUCT)
 
 
 def grouped_matmul_dlhs(

@@ -74,18 +74,26 @@ NETWORK = Link(45e9, 15e-6, 4.3e12)
 
 
 def exchange_bytes(
-    exchange: str, *, tokens: int, bucket_rows: int, share: float, devices: int, row_bytes: int, top_k: int
+    exchange: str,
+    *,
+    tokens: int,
+    bucket_rows: int,
+    share: float,
+    devices: int,
+    row_bytes: tuple[int, int],
+    top_k: int,
 ) -> tuple[int, int]:
     """Bytes that one device sends to others there, and back, over one axis in one forward pass.
 
     Args:
       tokens: T.
       bucket_rows: B, of "all_to_all"; clipping aside, "ragged" sends `share` of T to each device instead.
-      row_bytes: of one row on the wire. Beside it go 8 * K bytes of ids and weights, and K bytes of mask come back.
+      row_bytes: of one row on the wire, there and back. Beside it go 8 * K bytes of ids and weights, and K bytes of
+        mask come back.
     """
     rows = {"all_to_all": bucket_rows, "all_gather": tokens, "ragged": round(share * tokens)}[exchange]
     sent = (devices - 1) * rows
-    return sent * (row_bytes + 8 * top_k), sent * (row_bytes + top_k)
+    return sent * (row_bytes[0] + 8 * top_k), sent * (row_bytes[1] + top_k)
 
 
 def exchange_seconds(exchange: str, link: Link, **shapes) -> float:

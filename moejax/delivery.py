@@ -17,7 +17,7 @@ from moejax.dispatch import ExpertsFn, dispatch
 from moejax.levels import REPEAT_FACTOR, Levels, default_factor, make_levels
 from moejax.rounds import Pass, in_rounds
 from moejax.shadow import Shadow, serve_hot
-from moejax.wire import bytes_per_number
+from moejax.wire import row_bytes
 
 # What becomes of choices that find no room: "rounds" carries them out in further rounds; "drop" limits every expert
 # to its capacity, as GShard and Switch do, and counts what is beyond it or beyond a bucket.
@@ -93,7 +93,7 @@ def deliver(
         num_experts=num_experts,
         num_tokens=-(-num_tokens // chunks),
         top_k=top_k,
-        row_bytes=x_TD.shape[1] * bytes_per_number(x_TD.dtype, wire),
+        row_bytes=row_bytes(x_TD.shape[1], x_TD.dtype, wire),
         exchange=exchange,
         wire=wire,
     )

@@ -13,8 +13,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from custom_ops import (
+    GROUPED_PRODUCT,
     DispatchPlan,
     grouped_matmul,
     grouped_matmul_dlhs,
@@ -113,6 +115,7 @@ class Experts(nnx.Module):
         b_in_EH = self.b_in[...].reshape(w_in_EDH.shape[0], -1)
         rows_ND, sizes = permute(x_TD, plan), plan.group_sizes_P
         hidden_NH = grouped_matmul(rows_ND, w_in_EDH, sizes) + bias_of_rows(rows_ND, b_in_EH, sizes)
+        hidden_NH = checkpoint_name(hidden_NH, GROUPED_PRODUCT)  # the sum is kept, and not its two terms
         a_NF = ACTIVATIONS[self.activation][0](hidden_NH)
         b_out_ED = self.b_out[...]
         if (
@@ -120,7 +123,7 @@ class Experts(nnx.Module):
         ):  # the results of the devices along it are summed: one of them adds the bias
             b_out_ED = jnp.where(jax.lax.axis_index(parts) == 0, b_out_ED, 0)
         y_ND = grouped_matmul(a_NF, w_out_EFD, sizes) + bias_of_rows(rows_ND, b_out_ED, sizes)
-        return unpermute(y_ND, plan, weights_TK)
+        return unpermute(checkpoint_name(y_ND, GROUPED_PRODUCT), plan, weights_TK)
 
 
 def bias_of_rows(rows_ND: jax.Array, b_EH: jax.Array, group_sizes_E: jax.Array) -> jax.Array:

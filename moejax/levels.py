@@ -65,7 +65,7 @@ def make_levels(
     num_experts: int,
     num_tokens: int,
     top_k: int,
-    row_bytes: int,
+    row_bytes: tuple[int, int],
     exchange: str = "all_to_all",
     factor: float = CAPACITY_FACTOR,
     wire: str = "none",
@@ -74,7 +74,7 @@ def make_levels(
 
     Args:
       num_tokens: T, on this device.
-      row_bytes: of one row on the wire.
+      row_bytes: of one row on the wire, there and back.
       exchange: name in `EXCHANGES`.
       factor: size of every buffer in units of what balanced choices fill on average; may be infinite.
       wire: name in `WIRES`.
@@ -93,8 +93,9 @@ def make_levels(
         bucket = _row_count(factor * share * sources * num_tokens, at_most=rows)
         name = exchange
         if exchange == "auto":
-            shapes = {"tokens": rows, "bucket_rows": bucket, "share": share, "devices": P}
-            shapes |= {"row_bytes": row_bytes, "top_k": top_k}
+            shapes = dict(
+                tokens=rows, bucket_rows=bucket, share=share, devices=P, row_bytes=row_bytes, top_k=top_k
+            )
             link = NETWORK if axis in EXPERT_AXES[:-1] else NVLINK
             name = min("all_to_all", "all_gather", key=lambda name: exchange_seconds(name, link, **shapes))
         if name == "all_gather":

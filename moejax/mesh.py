@@ -178,6 +178,22 @@ def make_varying(tree: Any, axes: Sequence[str]) -> Any:
     return jax.tree.map(cast, tree)
 
 
+def _split_over_single(specs: Any, axes: Sequence[str], mesh: AbstractMesh) -> Any:
+    """The specs with every parameter also split over those of the axes that have one device.
+
+    Which changes nothing, but that its gradient is not summed along them: XLA's CPU client would copy it for that.
+    """
+    single = tuple(axis for axis in axes if mesh.shape[axis] == 1)
+
+    def of(spec: P) -> P:
+        if not spec:
+            return spec
+        first = spec[0] or ()
+        return P((*((first,) if isinstance(first, str) else first), *single), *spec[1:])
+
+    return jax.tree.map(of, specs, is_leaf=lambda leaf: isinstance(leaf, P))
+
+
 def over_tokens(
     fn: Callable[..., Any], params: Any, *arrays: Any, replicated: Any = None, out_specs: Callable[[P], Any]
 ) -> Any:
@@ -207,5 +223,5 @@ def over_tokens(
 
     if set(axes) <= set(mesh.manual_axes):
         return local(params, replicated, *arrays)
-    in_specs = (state_specs(params, mesh), P(), *(P(axes) for _ in arrays))
+    in_specs = (_split_over_single(state_specs(params, mesh), axes, mesh), P(), *(P(axes) for _ in arrays))
     return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs(P(axes)))(params, replicated, *arrays)

@@ -15,8 +15,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from custom_ops.target import target
 from moejax.delivery import OVERFLOWS, deliver
 from moejax.experts import Experts
+from moejax.kept import RECEIVED, keeping
 from moejax.layers import FeedForward
 from moejax.levels import EXCHANGES, check_experts
 from moejax.losses import (
@@ -103,6 +105,9 @@ class MoE(nnx.Module):
       shadow: number of experts, those in most demand in each batch, that are copied to every device of the expert
         axes, so that their tokens do not travel.
       wire: compression of rows between devices, name in `WIRES`.
+      received: what becomes of rows received from other devices between forward and backward, name in `RECEIVED`:
+        "keep" holds them, "resend" lets backward send them again (on CPU not where there is a loop of rounds, beside
+        which nothing could be sent; `moejax.order`).
       expert_bias: give the experts biases; see `Experts`.
       shared_experts: so many experts' width of dense FFN is added for every token (DeepSeek-MoE).
       balance_weight, z_weight, importance_weight, load_weight: weights of the losses in `stats.aux_loss`; None takes
@@ -131,6 +136,7 @@ class MoE(nnx.Module):
         chunks: int = 1,
         shadow: int = 0,
         wire: str = "none",
+        received: str = "keep",
         shared_experts: int = 0,
         balance_weight: float | None = None,
         balance_over: str = "batch",
@@ -142,7 +148,12 @@ class MoE(nnx.Module):
         rngs: nnx.Rngs,
         **router_options: Any,
     ):
-        names = {"exchange": (exchange, EXCHANGES), "overflow": (overflow, OVERFLOWS), "wire": (wire, WIRES)}
+        names = {
+            "exchange": (exchange, EXCHANGES),
+            "overflow": (overflow, OVERFLOWS),
+            "wire": (wire, WIRES),
+            "received": (received, RECEIVED),
+        }
         for argument, (name, known) in names.items():
             if name not in known:
                 raise ValueError(f"{argument} = {name!r}: must be one of {sorted(known)}")
@@ -176,6 +187,7 @@ class MoE(nnx.Module):
         self.experts = experts
         self.num_experts = num_experts
         self.shadow = shadow
+        self.received = received
         self.delivery: dict[str, Any] = {
             "exchange": exchange,
             "overflow": overflow,
@@ -226,21 +238,29 @@ class MoE(nnx.Module):
         graphdef, params = nnx.split((self.router, self.experts))
 
         sequence_length = x.shape[-2] if x.ndim > 2 else None
-        y_TD, stats, together_EE, first_T = over_tokens(
-            partial(self._local, graphdef, sequence_length, observe),
-            params,
-            x.reshape(-1, x.shape[-1]),
-            flat(token_mask),
-            flat(token_ids),
-            replicated=(key, batch_load),
-            out_specs=lambda tokens: (tokens, P(), P(), tokens),
-        )
+
+        def run(params, replicated, *tokens):
+            return over_tokens(
+                partial(self._local, graphdef, sequence_length, observe),
+                params,
+                *tokens,
+                replicated=replicated,
+                out_specs=lambda tokens: (tokens, P(), P(), tokens),
+            )
+
+        # The policy stands around `shard_map`: what is kept of the parameters is then what the caller holds anyway.
+        tokens = (x.reshape(-1, x.shape[-1]), flat(token_mask), flat(token_ids))
+        y_TD, stats, together_EE, first_T = keeping(run, self._kept())(params, (key, batch_load), *tokens)
         y = y_TD.reshape(x.shape)
         if self.shared is not None:
             # A masked token enters as 0 and, without biases, leaves as 0.
             seen = x if token_mask is None else jnp.where(token_mask[..., None], x, 0)
             y = y + self.shared(seen).astype(x.dtype)
         return y, replace(stats, choices=Choices(together_EE, first_T)) if observe else stats
+
+    def _kept(self) -> str:
+        may_loop = self.delivery["overflow"] == "rounds" and self.delivery["capacity_factor"] is not None
+        return "keep" if may_loop and target().platform == "cpu" else self.received
 
     def _local(self, graphdef, sequence_length, observe, params, replicated, x_TD, mask_T, token_ids_T):
         """One device's tokens; collectives go along the token axes of the mesh, if there are any."""

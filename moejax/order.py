@@ -16,10 +16,14 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from moejax.mesh import ambient_mesh
 
 Tree = TypeVar("Tree")
+
+# What ties carry. Remat policies save it under this name: to be formed again it would need all that is waited for.
+ORDER = "moejax_order"
 
 
 def after(tree: Tree, others: Any) -> Tree:
@@ -79,7 +83,7 @@ def _together(tree: Tree) -> Tree:
 
 
 _together.defvjp(
-    lambda tree: (_together(tree), None), lambda _, cotangents: (waiting(cotangents, cotangents),)
+    lambda tree: (waiting(tree, tree), None), lambda _, cotangents: (waiting(cotangents, cotangents),)
 )
 
 
@@ -93,7 +97,7 @@ def _number(tree: Any) -> jax.Array:
         return first.astype(jnp.int32)
 
     arrays = [array for array in jax.tree.leaves(tree) if array.size and array.dtype != jax.dtypes.float0]
-    return functools.reduce(operator.xor, map(of, arrays), jnp.int32(0))
+    return checkpoint_name(functools.reduce(operator.xor, map(of, arrays), jnp.int32(0)), ORDER)
 
 
 def _tied(array: jax.Array, number: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from custom_ops.varying import vary_alike, vary_like, varying_axes
+from moejax.kept import account
 from moejax.order import waiting
 
 # (x_TD, weights_TK, ids_TK) -> (y_TD, served_TK, further facts)
@@ -66,7 +67,7 @@ def _run_forward(rule: _Rounds, captured, x_TD, weights_TK, ids_TK):
     first = partial(_with_ids, rule.first, ids_TK)
     y_TD, pull, (served_TK, facts) = jax.vjp(first, captured, x_TD, weights_TK, has_aux=True)
     first_left_TK = jnp.where(served_TK, -1, ids_TK)
-    is_any_left = rule.is_any_left(first_left_TK)
+    first_left_TK, is_any_left = account((first_left_TK, rule.is_any_left(first_left_TK)))
 
     def one_more(carry):
         y_TD, left_TK, _, rounds = carry
@@ -76,6 +77,7 @@ def _run_forward(rule: _Rounds, captured, x_TD, weights_TK, ids_TK):
 
     start = (y_TD, first_left_TK, is_any_left, vary_like(jnp.int32(1), x_TD))
     y_TD, left_TK, _, rounds = jax.lax.while_loop(lambda carry: carry[2], one_more, start)
+    rounds = account(rounds)
     saved = (pull, captured, x_TD, weights_TK, first_left_TK, is_any_left, rounds)
     return (y_TD, left_TK, rounds, facts), saved
 

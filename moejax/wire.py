@@ -23,9 +23,10 @@ _FP8 = jnp.float8_e4m3fn
 _FP8_MAX = float(jnp.finfo(_FP8).max)
 
 
-def bytes_per_number(dtype: jax.typing.DTypeLike, wire: str) -> int:
-    """Of rows towards the experts."""
-    return {"none": jnp.dtype(dtype).itemsize, "bf16": 2, "fp8": 1}[wire]
+def row_bytes(width: int, dtype: jax.typing.DTypeLike, wire: str) -> tuple[int, int]:
+    """Of one row of so many numbers, towards the experts and back; with fp8 its f32 scale goes beside it."""
+    whole = width * jnp.dtype(dtype).itemsize
+    return {"none": (whole, whole), "bf16": (2 * width, 2 * width), "fp8": (width + 4, 2 * width)}[wire]
 
 
 def pack_choices(ids_TK: jax.Array, weights_TK: jax.Array) -> jax.Array:

@@ -127,6 +127,8 @@ class MoEConfig:
     """Experts in most demand that are copied to every device of the expert axes in each step."""
     wire: Literal["none", "bf16", "fp8"] = "none"
     """Compression of rows between devices: none, bf16, or fp8 towards the experts and bf16 back."""
+    received: Literal["keep", "resend"] = "keep"
+    """Rows received from other devices: kept for backward, or sent once more in backward, which saves their memory."""
     expert_bias: bool = False
     """Give each expert biases. They cost speed: the experts' products are then not fused."""
     shared_experts: int = 0

@@ -34,6 +34,7 @@ MAY_CHANGE = (
     "mesh.",
     "model.moe.exchange",
     "model.moe.chunks",
+    "model.moe.received",
 )
 
 

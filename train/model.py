@@ -63,6 +63,7 @@ def make_model(config: TrainConfig, vocab_size: int, rngs: nnx.Rngs) -> moejax.T
             "chunks": model.moe.chunks,
             "shadow": model.moe.shadow,
             "wire": model.moe.wire,
+            "received": model.moe.received,
             "expert_bias": model.moe.expert_bias,
             "shared_experts": model.moe.shared_experts,
             **_routing_options(config, router),

@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from moejax.mesh import EXPERT_AXES
 from train.config import TrainConfig
 from train.model import ModelSpec
 from train.optimizer import make_optimizer, make_schedule
@@ -50,6 +51,7 @@ def make_program(config: TrainConfig, vocab_size: int, mesh: Mesh) -> Program:
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(init)
         shardings = state_shardings(spec, shapes, mesh)
+    options = compiler_options(mesh, config.model.moe.chunks)
     place = lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)  # noqa: E731
     replicated = NamedSharding(mesh, P())  # what is fetched, every process has whole
     return Program(
@@ -61,16 +63,26 @@ def make_program(config: TrainConfig, vocab_size: int, mesh: Mesh) -> Program:
             make_train_step(spec, optimizer, schedule, mesh),
             donate_argnums=0,
             out_shardings=(shardings, replicated),
-            compiler_options=_compiler_options(mesh),
+            compiler_options=options,
         ),
-        eval_step=jax.jit(make_eval_step(spec, mesh), out_shardings=replicated),
+        eval_step=jax.jit(make_eval_step(spec, mesh), out_shardings=replicated, compiler_options=options),
     )
 
 
-def _compiler_options(mesh: Mesh) -> dict[str, bool] | None:
-    """A resumed run gives the same bits, so XLA may use no operation whose order of summation is left to chance.
+def compiler_options(mesh: Mesh, chunks: int) -> dict[str, bool | int] | None:
+    """What XLA is told beyond its defaults: on CPU nothing, on GPUs
 
-    On a GPU that is above all the scatter-add of the embedding's gradient. CPU programs have none.
+    - that a resumed run gives the same bits: no operation whose order of summation is left to chance, above all the
+      scatter-add of the embedding's gradient;
+    - that the exchanges of as many chunks as a layer is cut into may be under way at once, at every level. By default
+      it is one: the scheduler then lets a layer's exchanges towards the experts run one by one before the first
+      product, and hides only those of the way back.
     """
-    is_gpu = mesh.devices.flat[0].platform == "gpu"
-    return {"xla_gpu_exclude_nondeterministic_ops": True} if is_gpu else None
+    if mesh.devices.flat[0].platform != "gpu":
+        return None
+    levels = sum(mesh.shape[axis] > 1 for axis in EXPERT_AXES)
+    in_flight = max(chunks * levels, 1)
+    return {
+        "xla_gpu_exclude_nondeterministic_ops": True,
+        "xla_gpu_experimental_parallel_collective_overlap_limit": in_flight,
+    }

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import functools
 import importlib.util
 import math
 import os
@@ -61,16 +62,18 @@ COLLECTIVES = (
     "collective-permute",
     "ragged-all-to-all",
 )
+# How the kernels of grouped products are called.
+PRODUCTS = ("mosaic_gpu_v2", "rowwise_kernel", "drhs_kernel")
 
 
-def devices(count: int) -> list[jax.Device]:
-    """That many H200s in one node, for compiling only."""
+def devices(count: int, nodes: int = 1) -> list[jax.Device]:
+    """That many H200s, spread evenly over so many nodes, for compiling only."""
     from jax.experimental import topologies
 
     # The plugin would refuse to load beside libraries that it only needs for running.
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
     return topologies.get_topology_desc(
-        platform="cuda", topology_name="h200", target_config=TARGET, topology=f"1x1x{count}"
+        platform="cuda", topology_name="h200", target_config=TARGET, topology=f"1x{nodes}x{count // nodes}"
     ).devices
 
 
@@ -80,6 +83,21 @@ def tracing_for(device: jax.Device):
     with pytest.MonkeyPatch.context() as patch, jax.default_device(device):
         patch.setattr(jax, "devices", lambda *_: [device])
         yield
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One all-to-all of a scheduled program, from its start to where its result is needed.
+
+    Fields:
+      shape: of its result, as `bf16[64,128]`.
+      products: kernels of grouped products in between.
+      work: these and all other kernels whose result has at least 1 MiB.
+    """
+
+    shape: str
+    products: int
+    work: int
 
 
 @dataclass(frozen=True)
@@ -103,6 +121,43 @@ class Program:
             elif target:
                 names.append(target[1])
         return collections.Counter(names)
+
+    @functools.cached_property
+    def computations(self) -> dict[str, list[str]]:
+        """The lines of each computation, in the order of execution where it is scheduled."""
+        found: dict[str, list[str]] = {}
+        lines: list[str] = []
+        for line in self.compiled.splitlines():
+            if head := re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line):
+                lines = found[head[1]] = []
+            else:
+                lines.append(line)
+        return found
+
+    def exchanges(self, rows: int) -> list[Exchange]:
+        """The asynchronous all-to-alls whose result has so many rows, computation by computation."""
+        found = []
+        for lines in self.computations.values():
+            starts = {}
+            for number, line in enumerate(lines):
+                if start := re.match(r"\s*%([\w.\-]+) = .* all-to-all-start\(", line):
+                    starts[start[1]] = number
+                done = re.search(rf" = (\w+\[{rows},\d+\])\S* all-to-all-done\(%([\w.\-]+)\)", line)
+                if done:
+                    between = [
+                        kernel for kernel in map(_kernel, lines[starts[done[2]] + 1 : number]) if kernel
+                    ]
+                    products = sum(name in PRODUCTS for name, _ in between)
+                    work = sum(name in PRODUCTS or size >= 2**20 for name, size in between)
+                    found.append(Exchange(done[1], products, work))
+        return found
+
+    @functools.cached_property
+    def loops_with_collectives(self) -> int:
+        """How many loops have collectives in their body that are in no loop inside of it."""
+        bodies = re.findall(r" while\(.*body=%?([\w.\-]+)", self.compiled)
+        pattern = rf" ({'|'.join(COLLECTIVES)})(-start)?\("
+        return sum(any(re.search(pattern, line) for line in self.computations[body]) for body in bodies)
 
     def collectives(self, at_least: int) -> collections.Counter[str]:
         """The collectives whose result has at least so many bytes, as `all-to-all bf16[64,128]`."""
@@ -128,6 +183,23 @@ class Program:
             summed = math.prod(sizes[int(axis)] for axis in contracted.split(",") if axis.strip())
             found.append(2 * summed * math.prod(int(n) for n in result.split("x") if n))
         return found
+
+
+def _kernel(line: str) -> tuple[str, int] | None:
+    """Name of what an instruction launches, and bytes of its result; None if it launches nothing of ours or XLA's."""
+    found = re.match(r"\s*%[\w.\-]+ = (\(.*?\)|\S+) (fusion|custom-call)\(", line)
+    if not found:
+        return None
+    name = found[2]
+    if target := re.search(r'custom_call_target="([^"]+)"', line):
+        name = target[1]
+        if name == "__gpu$xla.gpu.triton":
+            name = re.findall(r' name = "(\w+)"', line)[0]
+    arrays = re.findall(r"(\w+)\[([\d,]*)\]", found[1])
+    size = sum(
+        ITEM_BYTES.get(dtype, 1) * math.prod(int(n) for n in sizes.split(",") if n) for dtype, sizes in arrays
+    )
+    return name, size
 
 
 def compile_for(device: jax.Device, function, *arguments, dump: pathlib.Path | None = None) -> Program:

@@ -68,7 +68,7 @@ def weighted_sum(depth, mesh, *, scanned=False, **options):
     "case",
     [
         dict(depth=1, layout=(1, 1, 4)),
-        dict(depth=2, layout=(2, 1, 4)),
+        dict(depth=2, layout=(2, 1, 4), received="resend"),
         dict(depth=2, layout=(1, 2, 2), scanned=True, shadow=2, chunks=2),
     ],
     ids=str,

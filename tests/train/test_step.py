@@ -22,7 +22,7 @@ from train.config import CheckpointConfig, LogConfig, MeshConfig, ModelConfig, M
 from train.errors import TrainingFailed
 from train.model import ModelSpec
 from train.monitor import Bystander
-from train.program import _compiler_options
+from train.program import compiler_options
 from train.reporter import Reporter
 from train.step import make_loss
 
@@ -88,6 +88,7 @@ def test_split_in_every_way_at_once_it_trains_alike():
         dict(exchange="ragged", capacity_factor=0.6),
         dict(exchange="auto", chunks=2),
         dict(shadow=2),
+        dict(received="resend"),
     ],
     ids=str,
 )
@@ -393,13 +394,17 @@ def test_peaks_are_those_of_the_precision():
     assert peak_flops("cpu", "f32") is None
 
 
-def test_programs_for_gpus_are_asked_for_a_fixed_order_of_summation():
-    def options_on(platform):
+def test_programs_for_gpus_are_asked_for_a_fixed_order_of_summation_and_for_overlap():
+    def options_on(platform, chunks, **sizes):
         devices = np.asarray([types.SimpleNamespace(platform=platform)])
-        return _compiler_options(types.SimpleNamespace(devices=devices))
+        shape = {"data": 1, "expert_node": 1, "expert": 1, "tensor": 1} | sizes
+        return compiler_options(types.SimpleNamespace(devices=devices, shape=shape), chunks)
 
-    assert options_on("cpu") is None
-    options = options_on("gpu")
-    assert options == {"xla_gpu_exclude_nondeterministic_ops": True}
+    in_flight = "xla_gpu_experimental_parallel_collective_overlap_limit"
+    assert options_on("cpu", 4, expert=8) is None
+    assert options_on("gpu", 4)[in_flight] == 1
+    assert options_on("gpu", 4, expert=8)[in_flight] == 4
+    options = options_on("gpu", 4, expert_node=8, expert=8)
+    assert options == {"xla_gpu_exclude_nondeterministic_ops": True, in_flight: 8}
     double = jax.jit(lambda x: 2 * x, compiler_options=options)
     assert int(double(jnp.int32(3))) == 6, "XLA knows the option"
