@@ -77,6 +77,20 @@ class MoEStats:
     router: RouterStats
     choices: Choices | None = None
 
+    def widened(self, num_experts: int) -> MoEStats:
+        """As of a layer with so many experts, of which those beyond its own have no load."""
+        add = num_experts - self.load_E.shape[0]
+        if add == 0:
+            return self
+        wider = lambda array: jnp.pad(array, [(0, add)] * array.ndim)  # noqa: E731
+        choices = self.choices
+        return replace(
+            self,
+            load_E=wider(self.load_E),
+            router=replace(self.router, counted_E=wider(self.router.counted_E)),
+            choices=choices and replace(choices, together_EE=wider(choices.together_EE)),
+        )
+
 
 class MoE(nnx.Module):
     """A sparse FFN: a router sends each token to K of E experts and sums what they return.

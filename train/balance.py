@@ -15,13 +15,16 @@ from moejax.statistics import load_entropy, max_violation
 from train.metrics import LAYERS
 
 
-def moe_metrics(stats: MoEStats, is_dead_ME: jax.Array) -> dict[str, Any]:
+def moe_metrics(stats: MoEStats, is_dead_ME: jax.Array, experts_of_layers: tuple[int, ...]) -> dict[str, Any]:
     """Scalars of a step, and under `moe/layers/` the numbers of each layer.
 
     Args:
       stats: fields with leading dimensions [A, M].
       is_dead_ME: experts that have had no token for long.
+      experts_of_layers: [M], how many experts of each layer there are; those beyond count nowhere.
     """
+    experts_M = jnp.asarray(experts_of_layers)
+    is_dead_ME &= jnp.arange(is_dead_ME.shape[1])[None, :] < experts_M[:, None]
     router = stats.router
     load_ME = jnp.sum(stats.load_E, axis=0)
     by_router_M = jnp.sum(router.dropped, axis=0)
@@ -31,8 +34,8 @@ def moe_metrics(stats: MoEStats, is_dead_ME: jax.Array) -> dict[str, Any]:
     over_tokens = lambda x_AM: jnp.sum(x_AM * router.tokens, axis=0) / tokens_M  # noqa: E731
     layers = {
         "load": load_ME,
-        "max_vio": max_violation(load_ME),
-        "load_entropy": load_entropy(load_ME),
+        "max_vio": max_violation(load_ME, experts_M),
+        "load_entropy": load_entropy(load_ME, experts_M),
         "router_entropy": over_tokens(router.entropy),
         "logit_norm": over_tokens(router.logit_norm),
         "z": over_tokens(router.z),

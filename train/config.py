@@ -105,6 +105,9 @@ class MoEConfig:
 
     num_experts: int = 8
     """Experts per layer."""
+    layer_experts: str | None = None
+    """Experts of single layers in place of `num_experts`, such as `0:4,3:16`. Layers compile as one loop where the
+    pattern of their kinds repeats."""
     top_k: int | None = None
     """Experts per token. Unset: the router's own number."""
     d_hidden: int | None = None

@@ -160,7 +160,13 @@ def _train(config: TrainConfig, workdir: Path, failure: NotFinite | None) -> Non
                     if last and part is not None:
                         log.info("evaluating on the whole validation split")
                     split = validation_batches(corpus, batch_size, sequence_length, whole, rows)
-                    evaluation = evaluate(eval_step, state.params, split, mesh)
+                    evaluation = evaluate(
+                        eval_step,
+                        state.params,
+                        split,
+                        mesh,
+                        experts_of_layers=program.spec.experts_of_layers,
+                    )
                     extra |= evaluation.standing(part)
                     if config.checkpoint.every > 0:
                         is_best = processes.from_first(checkpoints.would_be_best(extra))

@@ -6,12 +6,21 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 LAYERS = "moe/layers/"
 """What begins so has one entry per MoE layer, or per layer and expert."""
+
+
+def of_existing(array_ME: np.ndarray, experts_of_layers: Sequence[int]) -> np.ndarray | list[np.ndarray]:
+    """The rows of all layers without the experts that a layer does not have; an array where all have as many."""
+    if all(experts == array_ME.shape[1] for experts in experts_of_layers):
+        return array_ME
+    return [row_E[:experts] for row_E, experts in zip(array_ME, experts_of_layers, strict=True)]
 
 
 class Metrics:
@@ -26,7 +35,7 @@ class Metrics:
         self._file = _open(self.path)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one line; values are Python, numpy or jax scalars, or numpy arrays, which become nested lists."""
+        """Write one line; values are scalars of Python, numpy or jax, or arrays or lists of them."""
         line = json.dumps({name: _portable(value) for name, value in record.items()}, allow_nan=False)
         rest = memoryview(line.encode() + b"\n")
         while rest:

@@ -11,8 +11,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
-
 from train.config import LogConfig
 from train.errors import TrainingFailed
 from train.logs import logged_to
@@ -84,9 +82,7 @@ class Monitor:
             self._file_handler.handle(self._logger.makeRecord("moejax", logging.ERROR, "", 0, text, (), None))
         self.close()
 
-    def train(
-        self, step: int, metrics: Mapping[str, float], layers: Mapping[str, np.ndarray] | None = None
-    ) -> None:
+    def train(self, step: int, metrics: Mapping[str, float], layers: Mapping[str, Any] | None = None) -> None:
         """Report a logged step; with the numbers of each MoE layer (`moe/layers/...`), if it is one of those that do.
 
         Adds `tokens` (since step 0), `step_seconds` and `tokens_per_second` (means over the steps since the
@@ -179,9 +175,7 @@ class Bystander:
     def __exit__(self, *_: object) -> None:
         """Nothing to close."""
 
-    def train(
-        self, step: int, metrics: Mapping[str, float], layers: Mapping[str, np.ndarray] | None = None
-    ) -> None:
+    def train(self, step: int, metrics: Mapping[str, float], layers: Mapping[str, Any] | None = None) -> None:
         """Process 0 reports it."""
 
     def evaluation(self, step: int, loss: float, experts: Mapping[str, Any] | None = None) -> None:

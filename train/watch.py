@@ -6,6 +6,7 @@ Shapes: M MoE layers, E experts.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -27,13 +28,15 @@ class ExpertWatch:
         self._dead: set[tuple[int, int]] = set()
         self._going_on: set[str] = set()
 
-    def __call__(
-        self, step: int, metrics: Mapping[str, float], layers: Mapping[str, np.ndarray]
-    ) -> Iterator[str]:
+    def __call__(self, step: int, metrics: Mapping[str, float], layers: Mapping[str, Any]) -> Iterator[str]:
         """The warnings of one step, from its scalars and the numbers of each MoE layer."""
         if not layers:
             return
-        dead = {(int(layer), int(expert)) for layer, expert in np.argwhere(layers["dead"])}
+        dead = {
+            (layer, int(expert))
+            for layer, dead_E in enumerate(layers["dead"])
+            for expert in np.flatnonzero(dead_E)
+        }
         if new := sorted(dead - self._dead):
             yield (
                 f"step {step}: no token for {self._dead_after} steps: {_listed(new)}; raise "

@@ -73,14 +73,12 @@ def curves(runs: Sequence[Run]) -> tuple[dict[str, Figure], list[str]]:
 
 def load_over_time(run: Run) -> Figure | None:
     """For each MoE layer: experts against steps, the colour their load; None where it was not logged."""
-    steps_N, load_NME = run.load()
-    if not len(steps_N):
+    steps_N, loads = run.load()
+    if not loads:
         return None
-    num_layers, num_experts = load_NME.shape[1:]
+    num_layers, most = len(loads), max(load_NE.shape[1] for load_NE in loads)
     rows = -(-num_layers // 2)
-    figure = Figure(
-        figsize=(2 * WIDTH, 0.7 + rows * (1.1 + min(num_experts, 64) * 0.06)), layout="constrained"
-    )
+    figure = Figure(figsize=(2 * WIDTH, 0.7 + rows * (1.1 + min(most, 64) * 0.06)), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(rows, min(2, num_layers), squeeze=False).ravel()
     # The numbers of a step hold until the next logged one.
@@ -89,9 +87,8 @@ def load_over_time(run: Run) -> Figure | None:
         if layer >= num_layers:
             axes.axis("off")
             continue
-        image = axes.pcolormesh(
-            edges, np.arange(num_experts + 1) - 0.5, load_NME[:, layer].T, cmap="viridis", vmin=0, vmax=_FULL
-        )
+        experts = np.arange(loads[layer].shape[1] + 1) - 0.5
+        image = axes.pcolormesh(edges, experts, loads[layer].T, cmap="viridis", vmin=0, vmax=_FULL)
         axes.set_title(f"MoE layer {layer}", fontsize=9)
         axes.set_xlabel("step", fontsize=8)
         axes.set_ylabel("expert", fontsize=8)
@@ -117,9 +114,9 @@ def by_layer(run: Run, field: str, title: str, unit: str) -> Figure | None:
     return figure
 
 
-def coactivation(pairs_MEE: np.ndarray) -> Figure:
+def coactivation(pairs_of_layers: Sequence[np.ndarray]) -> Figure:
     """How often two experts are chosen by the same token, as a multiple of what independence would give."""
-    num_layers = len(pairs_MEE)
+    num_layers = len(pairs_of_layers)
     columns = min(4, num_layers)
     rows = -(-num_layers // columns)
     figure = Figure(figsize=(2.9 * columns + 1, 2.9 * rows), layout="constrained")
@@ -129,7 +126,7 @@ def coactivation(pairs_MEE: np.ndarray) -> Figure:
         if layer >= num_layers:
             axes.axis("off")
             continue
-        image = axes.imshow(pairs_MEE[layer], cmap="magma", vmin=0, vmax=2.5)
+        image = axes.imshow(pairs_of_layers[layer], cmap="magma", vmin=0, vmax=2.5)
         axes.set_title(f"MoE layer {layer}", fontsize=9)
         axes.tick_params(labelsize=7)
     figure.suptitle("Experts chosen together", fontsize=10)

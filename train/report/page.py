@@ -154,7 +154,7 @@ def _experts(run: Run, album: Album) -> list[str]:
             run, "max_vio", "MaxVio by layer", "largest over mean, minus 1"
         ),
         f"{prefix}-logits": figures.by_layer(run, "logit_norm", "Router logits, root mean square", "logit"),
-        f"{prefix}-pairs": figures.coactivation(found.pairs_MEE) if found else None,
+        f"{prefix}-pairs": figures.coactivation(found.pairs) if found else None,
     }
     body = [f"<h2>Experts of {html.escape(run.name)}</h2>", album.show(pictures)]
     if found is None:
@@ -172,7 +172,7 @@ def _tokens(found: Specialisation) -> str:
     for layer, experts in enumerate(found.preferences):
         for expert, liked in enumerate(experts):
             tokens = [f"<code>{html.escape(visible(one.text))}</code>{one.share:.0%}" for one in liked]
-            load = _number(found.load_ME[layer, expert], ".1%")
+            load = _number(found.loads[layer][expert], ".1%")
             rows.append([str(layer), str(expert), load, Html(" ".join(tokens) or "–")])
     return _table(["MoE layer", "expert", "share", "tokens"], rows)
 
