@@ -58,7 +58,9 @@ class MoEStats:
       load_E: choices per expert, i32.
       invalid: choices whose expert id was out of range (-1, "none", is not), i32.
       dropped: valid choices that no expert carried out, i32.
-      over_capacity: those of them that were beyond their expert's capacity; the rest found a bucket full.
+      over_capacity: those of them that were beyond their expert's capacity, i32.
+      at_sender: those of them that found a bucket full before it was sent, i32.
+      at_receiver: the rest of them, which a receiver's full buffer refused, i32.
       rounds: times the layer ran until every choice was carried out, i32; the most of any group of devices.
       fill_V: share of the row buffers in use in the first round, one per level, the experts' last; f32.
       router: what the router did.
@@ -72,6 +74,8 @@ class MoEStats:
     invalid: jax.Array
     dropped: jax.Array
     over_capacity: jax.Array
+    at_sender: jax.Array
+    at_receiver: jax.Array
     rounds: jax.Array
     fill_V: jax.Array
     router: RouterStats
@@ -296,14 +300,19 @@ class MoE(nnx.Module):
         same = lambda number: jax.lax.pmax(number, parts) if parts else number  # noqa: E731
         count = lambda choices_TK: jax.lax.psum(jnp.sum(choices_TK, dtype=jnp.int32), axes)  # noqa: E731
         losses = self._losses(routing, axes, sequence_length, batch_load)
+        dropped = same(count(in_range_TK & ~account.served_TK))
+        over_capacity = same(jax.lax.psum(account.over_capacity, axes))
+        at_sender = same(jax.lax.psum(account.at_sender, axes))
         stats = MoEStats(
             aux_loss=losses["aux_loss"],
             balance_loss=losses["balance_loss"],
             z_loss=losses["z_loss"],
             load_E=expert_load(ids_TK, self.num_experts, axes),
             invalid=count(~in_range_TK & (routing.ids_TK != -1)),
-            dropped=same(count(in_range_TK & ~account.served_TK)),
-            over_capacity=same(jax.lax.psum(account.over_capacity, axes)),
+            dropped=dropped,
+            over_capacity=over_capacity,
+            at_sender=at_sender,
+            at_receiver=dropped - over_capacity - at_sender,
             rounds=same(jax.lax.pmax(account.rounds, axes)),
             fill_V=same(jax.lax.pmean(account.fill_V, axes)),
             router=router_stats(routing, axes),

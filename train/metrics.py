@@ -12,6 +12,14 @@ from typing import Any
 
 import numpy as np
 
+DROP_CAUSES = {
+    "dropped_by_router": "by the router",
+    "dropped_over_capacity": "over their experts' capacity",
+    "dropped_at_sender": "at full buckets of the sender",
+    "dropped_at_receiver": "at full buffers of the receiver",
+}
+"""Metrics below `moe/` that add up to `moe/dropped_fraction`, and what they say."""
+
 LAYERS = "moe/layers/"
 """What begins so has one entry per MoE layer, or per layer and expert."""
 

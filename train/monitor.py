@@ -124,6 +124,11 @@ class Monitor:
         with contextlib.suppress(OSError):
             self._terminal.evaluation(step, loss)
 
+    def evaluating(self, done: int, total: int) -> None:
+        """Show how many batches of an evaluation are done."""
+        with contextlib.suppress(OSError):
+            self._terminal.evaluating(done, total)
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Leave the time of a block, such as an evaluation, out of the time per step."""
@@ -180,6 +185,9 @@ class Bystander:
 
     def evaluation(self, step: int, loss: float, experts: Mapping[str, Any] | None = None) -> None:
         """Process 0 reports it."""
+
+    def evaluating(self, done: int, total: int) -> None:
+        """Process 0 shows it."""
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -214,7 +214,8 @@ class TestExpertWatch:
         (another,) = self.look(watch, 3, self.EVEN, dead=((1, 1, 0, 0), (0, 0, 0, 1)))
         assert "expert 0 of MoE layer 0;" in another and "expert 1" not in another
         drops, invalid = self.look(watch, 4, self.EVEN, dropped=0.25, invalid=3)
-        assert "25.0% of the choices are dropped" in drops and "3 expert ids that do not exist" in invalid
+        assert "25.0% of the choices are dropped" in drops and "most of them by the router; raise" in drops
+        assert "3 expert ids that do not exist" in invalid
 
 
 def test_numbers_of_layers_are_lists_in_the_metrics(tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from train.metrics import LAYERS
+from train.metrics import DROP_CAUSES, LAYERS
 from train.report.runs import Run
 
 # Inches of a picture that stands beside another; a wider one has a line of the page to itself.
@@ -32,6 +32,8 @@ _CURVES = {
     ),
     "moe/router_entropy": ("Router entropy, mean of the layers", "nats"),
     "moe/dropped_fraction": ("Dropped choices", "share of all choices"),
+    **{f"moe/{name}": (f"Dropped {cause}", "share of all choices") for name, cause in DROP_CAUSES.items()},
+    "moe/padding": ("Padding: rows of the buffers that hold none", "share of all rows"),
     "moe/rounds": ("Rounds of the exchange, most of any layer", "rounds"),
     "moe/dead_experts": ("Dead experts", "experts without a token for long"),
 }
