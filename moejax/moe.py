@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
@@ -129,8 +130,8 @@ class MoE(nnx.Module):
         devices, unless "batch" is told of a larger one (`batch_load`); "sequence" is each sequence by itself.
 
     Raises:
-      ValueError: an unknown name, a number out of range, or (when called) experts that the mesh's expert axes do not
-        divide.
+      ValueError: an unknown name, a number out of range, or (when called) arrays of another shape or kind, or experts
+        that the mesh's expert axes do not divide; names the argument.
     """
 
     def __init__(
@@ -160,6 +161,12 @@ class MoE(nnx.Module):
         rngs: nnx.Rngs,
         **router_options: Any,
     ):
+        sizes = {"d_model": d_model, "d_hidden": d_hidden, "num_experts": num_experts}
+        for argument, size in sizes.items():
+            if not isinstance(size, (int, np.integer)) or size < 1:
+                raise ValueError(f"{argument} = {size!r}: must be an integer of at least 1")
+        if not isinstance(shared_experts, (int, np.integer)) or shared_experts < 0:
+            raise ValueError(f"shared_experts = {shared_experts!r}: must be an integer of at least 0")
         names = {"exchange": (exchange, EXCHANGES), "overflow": (overflow, OVERFLOWS), "wire": (wire, WIRES)}
         for argument, (name, known) in names.items():
             if name not in known:
@@ -190,6 +197,7 @@ class MoE(nnx.Module):
             )
         elif expert_bias:
             raise ValueError("expert_bias = True: of experts by name; got experts themselves")
+        self.d_model = d_model
         self.router = router
         self.experts = experts
         self.num_experts = num_experts
@@ -239,6 +247,7 @@ class MoE(nnx.Module):
           batch_load: of the whole batch when x is a part of it; for the balance loss and the z-loss.
           observe: fill `stats.choices`.
         """
+        self._check_arguments(x, token_mask, token_ids)
         check_experts(self.num_experts, {axis: ambient_mesh().shape[axis] for axis in expert_axes()})
         flat = lambda a: None if a is None else a.reshape(-1)  # noqa: E731
         graphdef, params = nnx.split((self.router, self.experts))
@@ -259,6 +268,20 @@ class MoE(nnx.Module):
             seen = x if token_mask is None else jnp.where(token_mask[..., None], x, 0)
             y = y + self.shared(seen).astype(x.dtype)
         return y, replace(stats, choices=Choices(together_EE, first_T)) if observe else stats
+
+    def _check_arguments(self, x, token_mask, token_ids) -> None:
+        if x.ndim < 1 or x.shape[-1] != self.d_model:
+            rule = f"must be [..., d_model], with the layer's d_model ({self.d_model}) last"
+            raise ValueError(f"x: {rule}, got shape {x.shape}")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"x: must be floating, got {x.dtype}")
+        kinds = {"token_mask": (token_mask, jnp.bool_), "token_ids": (token_ids, jnp.integer)}
+        for argument, (value, kind) in kinds.items():
+            if value is None:
+                continue
+            if value.shape != x.shape[:-1] or not jnp.issubdtype(value.dtype, kind):
+                rule = f"must be {kind.__name__}{list(x.shape[:-1])}, one for each token of x"
+                raise ValueError(f"{argument}: {rule}, got {value.dtype}{list(value.shape)}")
 
     def _local(self, graphdef, sequence_length, observe, params, replicated, x_TD, mask_T, token_ids_T):
         """One device's tokens; collectives go along the token axes of the mesh, if there are any."""

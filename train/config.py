@@ -60,7 +60,7 @@ class RoutingConfig:
     capacity_factor: float | None = None
     """Choices an expert accepts, as a multiple of its even share: switch, gshard, expert_choice."""
     eval_capacity_factor: float | None = None
-    """The same in evaluation: switch, gshard."""
+    """The same in evaluation: switch, gshard, expert_choice."""
     drop_by: Literal["position", "score", "random"] | None = None
     """Who is served first where a capacity does not suffice: switch, gshard."""
     jitter: float | None = None
