@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from moejax.routing import make_router
+from moejax.routing.decision import top_k_ids
 from moejax.routing.noisy import chance_of_choice, normal_cdf
 from moejax.routing.take import best_of_columns
 from tests import tolerance
@@ -22,7 +23,8 @@ def test_chance_of_choice_is_the_share_of_choices():
     clean, spread, normal = random.normal(size=(3, 1, E))
     spread = np.abs(spread) + 0.2
     noisy = clean + spread * normal
-    chance = np.asarray(chance_of_choice(*map(jnp.asarray, (clean, noisy, spread)), 2))[0]
+    best = top_k_ids(jnp.asarray(noisy), 3)
+    chance = np.asarray(chance_of_choice(*map(jnp.asarray, (clean, noisy, spread)), best, 2))[0]
     for e in range(E):
         others = np.sort(np.delete(noisy[0], e))[-2]
         drawn = clean[0, e] + spread[0, e] * random.normal(size=100_000)

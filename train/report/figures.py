@@ -8,14 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from train.metrics import DROP_CAUSES, LAYERS
 from train.report.runs import Run
 
 # Inches of a picture that stands beside another; a wider one has a line of the page to itself.
 WIDTH = 6.2
+# What is shown is how much more it is than this.
+_LEAST = {"moe/rounds": 1}
 # A load of twice the even share or more has the last colour.
 _FULL = 2.0
 _CURVES = {
@@ -34,7 +38,7 @@ _CURVES = {
     "moe/dropped_fraction": ("Dropped choices", "share of all choices"),
     **{f"moe/{name}": (f"Dropped {cause}", "share of all choices") for name, cause in DROP_CAUSES.items()},
     "moe/padding": ("Padding: rows of the buffers that hold none", "share of all rows"),
-    "moe/rounds": ("Rounds of the exchange, most of any layer", "rounds"),
+    "moe/rounds": ("Further rounds of the exchange, most of any layer", "rounds beyond the first"),
     "moe/dead_experts": ("Dead experts", "experts without a token for long"),
 }
 
@@ -56,7 +60,8 @@ def curves(runs: Sequence[Run]) -> tuple[dict[str, Figure], list[str]]:
     figures, always_zero = {}, []
     for field, (title, unit) in _CURVES.items():
         drawn = [(number, run, *run.series(field)) for number, run in enumerate(runs)]
-        drawn = [(number, run, steps, values) for number, run, steps, values in drawn if len(steps)]
+        least = _LEAST.get(field, 0)
+        drawn = [(number, run, steps, values - least) for number, run, steps, values in drawn if len(steps)]
         if not drawn:
             continue
         if not any(values.any() for *_, values in drawn):
@@ -90,11 +95,13 @@ def load_over_time(run: Run) -> Figure | None:
             axes.axis("off")
             continue
         experts = np.arange(loads[layer].shape[1] + 1) - 0.5
-        image = axes.pcolormesh(edges, experts, loads[layer].T, cmap="viridis", vmin=0, vmax=_FULL)
+        image = axes.pcolormesh(edges, experts, loads[layer].T, cmap="RdBu_r", vmin=0, vmax=_FULL)
         axes.set_title(f"MoE layer {layer}", fontsize=9)
         axes.set_xlabel("step", fontsize=8)
         axes.set_ylabel("expert", fontsize=8)
+        axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.tick_params(labelsize=7)
+    figure.suptitle("Load of the experts", fontsize=10)
     figure.colorbar(image, ax=grid.tolist(), label="load over even share", extend="max", shrink=0.8)
     return figure
 
@@ -106,10 +113,9 @@ def by_layer(run: Run, field: str, title: str, unit: str) -> Figure | None:
         return None
     figure, axes = _figure(title, unit)
     for layer in range(values_NM.shape[1]):
-        shade = 0.15 + 0.7 * layer / max(values_NM.shape[1] - 1, 1)
-        axes.plot(
-            steps_N, values_NM[:, layer], color=(shade, 0.3, 1 - shade), linewidth=1, label=f"layer {layer}"
-        )
+        # From dark to light; the lightest tenth would be lost on white.
+        shade = colormaps["viridis"](0.9 * layer / max(values_NM.shape[1] - 1, 1))
+        axes.plot(steps_N, values_NM[:, layer], color=shade, linewidth=1.3, label=f"MoE layer {layer}")
     axes.set_ylim(bottom=0)
     if values_NM.shape[1] <= 12:
         axes.legend(fontsize=7, ncols=2)
@@ -130,9 +136,13 @@ def coactivation(pairs_of_layers: Sequence[np.ndarray]) -> Figure:
             continue
         image = axes.imshow(pairs_of_layers[layer], cmap="magma", vmin=0, vmax=2.5)
         axes.set_title(f"MoE layer {layer}", fontsize=9)
+        axes.set_xlabel("expert", fontsize=8)
+        axes.set_ylabel("expert", fontsize=8)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(8, integer=True))
         axes.tick_params(labelsize=7)
     figure.suptitle("Experts chosen together", fontsize=10)
-    figure.colorbar(image, ax=grid.tolist(), label="over independent", extend="max", shrink=0.8)
+    figure.colorbar(image, ax=grid.tolist(), label="times what chance would give", extend="max", shrink=0.8)
     return figure
 
 
