@@ -26,6 +26,7 @@ from moejax.losses import (
     expert_load,
     importance_loss,
     load_loss,
+    orthogonality_loss,
     sequence_balance_loss,
     z_loss,
 )
@@ -41,6 +42,7 @@ from moejax.mesh import (
 from moejax.order import after, together
 from moejax.routing import Router, Routing, make_router
 from moejax.routing.check import check_routing
+from moejax.routing.router import LinearRouter
 from moejax.shadow import Shadow, replicate_module
 from moejax.statistics import Choices, RouterStats, chosen_together, router_stats
 from moejax.wire import WIRES
@@ -126,6 +128,7 @@ class MoE(nnx.Module):
       shared_experts: so many experts' width of dense FFN is added for every token (DeepSeek-MoE).
       balance_weight, z_weight, importance_weight, load_weight: weights of the losses in `stats.aux_loss`; None takes
         the router's own.
+      orthogonality_weight: likewise, of the router's matrix; for routers with a linear layer.
       balance_over: what the balance loss is taken over: "batch" and "micro_batch" are the tokens of this call over all
         devices, unless "batch" is told of a larger one (`batch_load`); "sequence" is each sequence by itself.
 
@@ -156,6 +159,7 @@ class MoE(nnx.Module):
         z_weight: float | None = None,
         importance_weight: float | None = None,
         load_weight: float | None = None,
+        orthogonality_weight: float | None = None,
         out_scale: float = 1.0,
         dtype=jnp.float32,
         rngs: nnx.Rngs,
@@ -227,6 +231,10 @@ class MoE(nnx.Module):
         self.z_weight = weight("z", z_weight)
         self.importance_weight = weight("importance", importance_weight)
         self.load_weight = weight("load", load_weight)
+        self.orthogonality_weight = weight("orthogonality", orthogonality_weight)
+        if self.orthogonality_weight and not isinstance(router, LinearRouter):
+            rule = f"needs a router with a linear layer, not {type(router).__name__}"
+            raise ValueError(f"orthogonality_weight = {orthogonality_weight}: {rule}")
 
     def __call__(
         self,
@@ -262,6 +270,11 @@ class MoE(nnx.Module):
             replicated=(key, batch_load),
             out_specs=lambda tokens: (tokens, P(), P(), tokens),
         )
+        if self.orthogonality_weight:
+            # Of parameters alone, so not among what is summed over the tokens of all devices.
+            assert isinstance(self.router, LinearRouter)
+            of_router = self.orthogonality_weight * orthogonality_loss(self.router.w_DE[...])
+            stats = replace(stats, aux_loss=stats.aux_loss + of_router)
         y = y_TD.reshape(x.shape)
         if self.shared is not None:
             # A masked token enters as 0 and, without biases, leaves as 0.
@@ -324,8 +337,8 @@ class MoE(nnx.Module):
         count = lambda choices_TK: jax.lax.psum(jnp.sum(choices_TK, dtype=jnp.int32), axes)  # noqa: E731
         losses = self._losses(routing, axes, sequence_length, batch_load)
         dropped = same(count(in_range_TK & ~account.served_TK))
-        over_capacity = same(jax.lax.psum(account.over_capacity, axes))
-        at_sender = same(jax.lax.psum(account.at_sender, axes))
+        causes_2 = jnp.stack(make_varying((account.over_capacity, account.at_sender), axes))
+        over_capacity, at_sender = same(jax.lax.psum(causes_2, axes))
         stats = MoEStats(
             aux_loss=losses["aux_loss"],
             balance_loss=losses["balance_loss"],

@@ -51,6 +51,8 @@ class RoutingConfig:
     """Weight of the importance loss: squared variation of the experts' summed weights."""
     load_weight: float | None = None
     """Weight of the load loss: squared variation of the experts' expected load; router noisy."""
+    orthogonality_weight: float | None = None
+    """Weight of the orthogonality loss of the router's matrix: all routers with a linear layer."""
     normalize: bool | None = None
     """Make a token's combine weights sum to one: topk, noisy, cosine, sinkhorn, swipe, topology, rounded."""
     router_bias: bool | None = None

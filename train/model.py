@@ -12,7 +12,7 @@ from flax import nnx
 
 import moejax
 from moejax.mesh import state_shardings
-from moejax.routing import router_options
+from moejax.routing import is_linear, router_options
 from train.config import MeshConfig, TrainConfig
 from train.layers import MoELayer, hidden_widths, moe_layers_of
 from train.validation import LOSSES
@@ -89,6 +89,8 @@ def _routing_options(config: TrainConfig, router: str) -> dict[str, Any]:
     given = {name: value for name, value in asdict(config.model.moe.routing).items() if value is not None}
     known = (*LOSSES, *router_options(router))
     options = {name: value for name, value in given.items() if name in known}
+    if not is_linear(router):
+        options.pop("orthogonality_weight", None)
     if "bias_rate" in known:
         options["bias_rate"] = bias_rate(config)
     return options

@@ -64,6 +64,7 @@ RANGES: dict[str, Rule] = {
     "model.moe.routing.z_weight": NOT_NEGATIVE,
     "model.moe.routing.importance_weight": NOT_NEGATIVE,
     "model.moe.routing.load_weight": NOT_NEGATIVE,
+    "model.moe.routing.orthogonality_weight": NOT_NEGATIVE,
     "model.moe.routing.groups": COUNT,
     "model.moe.routing.capacity_factor": POSITIVE,
     "model.moe.routing.eval_capacity_factor": POSITIVE,
@@ -112,7 +113,14 @@ RANGES: dict[str, Rule] = {
     "log.stall_seconds": POSITIVE,
 }
 
-LOSSES = ("balance_weight", "balance_over", "z_weight", "importance_weight", "load_weight")
+LOSSES = (
+    "balance_weight",
+    "balance_over",
+    "z_weight",
+    "importance_weight",
+    "load_weight",
+    "orthogonality_weight",
+)
 """Fields of `model.moe.routing` that are no option of one router."""
 
 NOT_EMPTY = ("workdir", "data.path", "data.validation_path", "data.text_field", "data.tokenizer")
@@ -265,7 +273,7 @@ def _options(config: TrainConfig) -> dict[str, object]:
 
 def _check_options(config: TrainConfig, routers: Iterable[str]) -> None:
     """Every option is one of some router that the model has."""
-    from moejax.routing import router_options
+    from moejax.routing import is_linear, router_options
 
     group = "model.moe.routing."
     known = list(dict.fromkeys(option for router in routers for option in router_options(router)))
@@ -277,6 +285,10 @@ def _check_options(config: TrainConfig, routers: Iterable[str]) -> None:
     if load_weight and "noisy" not in routers:
         rule = f"must be 0 or unset: only router noisy knows the chances of its choices, not {', '.join(routers)}"
         raise ConfigError(group + "load_weight", load_weight, rule)
+    orthogonality_weight = config.model.moe.routing.orthogonality_weight
+    if orthogonality_weight and not any(map(is_linear, routers)):
+        rule = f"must be 0 or unset: it is for routers with a linear layer, not {', '.join(routers)}"
+        raise ConfigError(group + "orthogonality_weight", orthogonality_weight, rule)
 
 
 def _check_router(config: TrainConfig, layer: MoELayer) -> None:

@@ -246,6 +246,10 @@ def test_expert_init_has_the_fan_in_of_one_expert():
         ({"top_k": 1, "wire": "nope"}, "wire = 'nope': must be one of"),
         ({"top_k": 1, "buffer_factor": 0.0}, "buffer_factor = 0.0: must be a positive finite number"),
         ({"top_k": 1, "chunks": 0}, "chunks = 0: must be at least 1"),
+        (
+            {"top_k": 1, "router": "hash", "orthogonality_weight": 0.1},
+            "orthogonality_weight = 0.1: needs a router with",
+        ),
         ({"top_k": 1, "num_experts": 0}, "num_experts = 0: must be an integer of at least 1"),
         ({"top_k": 1, "shared_experts": -1}, "shared_experts = -1: must be an integer of at least 0"),
         ({"top_k": 1, "shadow": 9}, r"shadow = 9: must be between 0 and num_experts \(8\)"),

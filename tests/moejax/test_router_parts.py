@@ -1,5 +1,6 @@
 """What single routers are made of: chances, angles, biases, the best of a column."""
 
+import contextlib
 import math
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import moejax
 from moejax.routing import make_router
 from moejax.routing.decision import top_k_ids
 from moejax.routing.noisy import chance_of_choice, normal_cdf
@@ -85,3 +87,24 @@ def test_the_best_of_a_column_are_those_of_a_sorted_one(tokens, digits):
     for e in range(6):
         queue = sorted(np.flatnonzero(valid), key=lambda t, e=e: (not first[t, e], -scores[t, e], t))
         assert np.flatnonzero(found[:, e]).tolist() == sorted(queue[: count[e]]), e
+
+
+def test_orthogonality_loss_and_its_gradient():
+    """That of the formula in f64, alone and where tokens are split over devices; the routers' matrix is their own."""
+    random = np.random.default_rng(0)
+    w, x = random.normal(size=(6, 8)) / 2, random.normal(size=(16, 6)).astype(np.float32)
+
+    def layer_loss(layer, x):
+        _, stats = layer(x)
+        return stats.aux_loss
+
+    for mesh in (None, moejax.make_mesh(data=2, expert=4)):
+        options = dict(balance_weight=0.0, z_weight=0.0, orthogonality_weight=0.5)
+        layer = moejax.MoE(6, 4, 8, **options, rngs=nnx.Rngs(0))
+        layer.router.w_DE[...] = jnp.asarray(w, jnp.float32)
+        with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+            loss, grads = nnx.jit(nnx.value_and_grad(layer_loss))(layer, jnp.asarray(x))
+        difference = w.T @ w - np.eye(8)
+        tolerance.assert_close(loss, 0.5 * np.abs(difference).mean(), tolerance.F32)
+        expected = 0.5 * 2 * w @ np.sign(difference) / 64
+        tolerance.assert_close(grads["router"]["w_DE"][...], expected, tolerance.F32)

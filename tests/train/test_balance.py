@@ -141,6 +141,10 @@ def test_every_option_of_the_config_is_one_of_a_router():
             "model.moe.routing.load_weight = 0.1: must be 0 or unset: only router noisy",
         ),
         (
+            {"router": "cosine", "routing.orthogonality_weight": "0.1"},
+            "model.moe.routing.orthogonality_weight = 0.1: must be 0 or unset: .* not cosine",
+        ),
+        (
             {"layer_routers": "0:hash,9:hash"},
             "model.moe.layer_routers = 0:hash,9:hash: must be a list such as 0:hash,3:switch, of .* 0, 1, 2, 3",
         ),
