@@ -31,13 +31,16 @@ class Account(NamedTuple):
 
     Fields:
       served_TK: bool, the choices that were carried out.
-      over_capacity: number of the others that were beyond their expert's capacity, i32; the rest found a buffer full.
+      over_capacity: number of the others that were beyond their expert's capacity, i32.
+      at_sender: number of the others that found a bucket full before it was sent, i32, counted on the device whose
+        bucket it was; the rest found a receiver's buffer full.
       rounds: passes through the layer, i32.
       fill_V: share of the row buffers of each level in use in the first pass, the experts' last, f32.
     """
 
     served_TK: jax.Array
     over_capacity: jax.Array
+    at_sender: jax.Array
     rounds: jax.Array
     fill_V: jax.Array
 
@@ -101,15 +104,16 @@ def deliver(
     first = _one_pass(levels, experts, chunks)
     if overflow == "rounds" and levels.can_overflow:
         again = _one_pass(sizes(factor=factor * REPEAT_FACTOR), experts, chunks)
-        y_TD, left_TK, rounds, fills = in_rounds(first, again, x_TD, weights_TK, travelling_TK, axes)
+        y_TD, left_TK, rounds, facts = in_rounds(first, again, x_TD, weights_TK, travelling_TK, axes)
+        (fills, _), at_sender = facts, jnp.int32(0)  # what is left behind is sent in a later round
     else:
-        y_TD, served_TK, fills = first(x_TD, weights_TK, travelling_TK)
+        y_TD, served_TK, (fills, at_sender) = first(x_TD, weights_TK, travelling_TK)
         left_TK, rounds = jnp.where(served_TK, -1, travelling_TK), jnp.int32(1)
     over_capacity = jnp.sum(admitted_TK != ids_TK, dtype=jnp.int32)
     served_TK = (admitted_TK >= 0) & (left_TK < 0)
     if shadow is not None:
         y_TD = y_TD + hot_TD
-    return y_TD, Account(served_TK, over_capacity, rounds, jnp.stack(fills))
+    return y_TD, Account(served_TK, over_capacity, at_sender, rounds, jnp.stack(fills))
 
 
 def _one_pass(levels: Levels, experts: ExpertsFn, chunks: int) -> Pass:
@@ -124,6 +128,6 @@ def _one_pass(levels: Levels, experts: ExpertsFn, chunks: int) -> Pass:
             parts.append(dispatch(x_CD, ids_CK, weights_CK, levels=levels, experts=experts))
         y_TD, served_TK = (jnp.concatenate(part) for part in list(zip(*parts, strict=True))[:2])
         fills = [sum(level) / len(parts) for level in zip(*(part.fills for part in parts), strict=True)]
-        return y_TD, served_TK, fills
+        return y_TD, served_TK, (fills, sum(part.unsent for part in parts))
 
     return run

@@ -27,11 +27,14 @@ class Delivery(NamedTuple):
       y_TD: weighted sums over the choices that were carried out; zero where there are none.
       served_TK: bool, which choices those are.
       fills: share of row buffers in use, one f32 scalar per level, the experts last.
+      unsent: choices that stayed behind on this device because a bucket was full before it was sent, i32; what else
+        was not carried out was refused by a receiver.
     """
 
     y_TD: jax.Array
     served_TK: jax.Array
     fills: tuple[jax.Array, ...]
+    unsent: jax.Array
 
 
 def dispatch(
@@ -48,9 +51,10 @@ def dispatch(
         if levels.expert_rows is not None:
             plan = plan.first_rows(levels.expert_rows)
         fill = jnp.sum(plan.group_sizes_P) / max(plan.choice_N.shape[0], 1)
-        return Delivery(experts(x_TD, plan, weights_TK), plan.served_TK, (fill.astype(jnp.float32),))
+        fills = (fill.astype(jnp.float32),)
+        return Delivery(experts(x_TD, plan, weights_TK), plan.served_TK, fills, jnp.int32(0))
     exchange = levels.exchanges[0]
-    rows_ND, ids_NK, weights_NK, fill, ticket = exchange.dispatch(x_TD, ids_TK, weights_TK)
+    rows_ND, ids_NK, weights_NK, fill, unsent, ticket = exchange.dispatch(x_TD, ids_TK, weights_TK)
     inner = dispatch(rows_ND, ids_NK, weights_NK, levels=levels.below(), experts=experts)
     y_TD, served_TK = exchange.combine(inner.y_TD, inner.served_TK, ticket)
-    return Delivery(y_TD, served_TK, (fill, *inner.fills))
+    return Delivery(y_TD, served_TK, (fill, *inner.fills), unsent + inner.unsent)

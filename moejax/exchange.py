@@ -25,6 +25,7 @@ class Arrived(NamedTuple):
       ids_NK: their choices among the L experts below this device, -1 for all others.
       weights_NK: weights of the choices.
       fill: share of the buffers sent that held a row, f32 scalar.
+      unsent: choices of this device that stay behind because a bucket was full before it was sent, i32 scalar.
       ticket: what `combine` needs to find the way back.
     """
 
@@ -32,6 +33,7 @@ class Arrived(NamedTuple):
     ids_NK: jax.Array
     weights_NK: jax.Array
     fill: jax.Array
+    unsent: jax.Array
     ticket: Any
 
 
@@ -73,7 +75,9 @@ class AllToAll:
         rows_ND = received(send(permute(x_TD, plan), self._swap, self.wire))
         first = jax.lax.axis_index(self.axis) * self.experts_below
         fill = jnp.sum(plan.group_sizes_P).astype(jnp.float32) / (size * self.rows)
-        return Arrived(rows_ND, *account(unpack_choices(message, first, self.experts_below)), fill, plan)
+        unsent = jnp.sum((ids_TK >= 0) & ~plan.served_TK, dtype=jnp.int32)
+        choices = account(unpack_choices(message, first, self.experts_below))
+        return Arrived(rows_ND, *choices, fill, unsent, plan)
 
     def combine(self, y_ND, served_NK, ticket):
         """As `Exchange.combine`."""
@@ -106,7 +110,7 @@ class AllGather:
         first = jax.lax.axis_index(self.axis) * self.experts_below
         ids_NK, weights_NK = account(unpack_choices(message, first, self.experts_below))
         fill = jnp.mean(jnp.any(ids_NK >= 0, axis=1), dtype=jnp.float32)
-        return Arrived(rows_ND, ids_NK, weights_NK, fill, None)
+        return Arrived(rows_ND, ids_NK, weights_NK, fill, jnp.int32(0), None)
 
     def combine(self, y_ND, served_NK, ticket):
         """As `Exchange.combine`."""

@@ -125,6 +125,15 @@ def z_loss(routing: Routing, axes: Sequence[str] = (), *, batch: BatchLoad | Non
     return parts * _global_sum(jnp.sum(z_T * z_T), axes) / jnp.maximum(tokens, 1)
 
 
+def orthogonality_loss(w_DE: jax.Array) -> jax.Array:
+    """Mean of |w^T w - 1| over pairs of experts, of the router's matrix alone (Omi et al. 2025, who take the sum).
+
+    0 when the experts' columns are orthonormal; the same on all devices, whatever the tokens.
+    """
+    w_DE = w_DE.astype(jnp.float32)
+    return jnp.mean(jnp.abs(w_DE.T @ w_DE - jnp.eye(w_DE.shape[1], dtype=jnp.float32)))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def cross_entropy(x_TD: jax.Array, w_VD: jax.Array, targets_T: jax.Array, chunk: int) -> jax.Array:
     """Sum over tokens of -log softmax(x @ w.T)[target], in nats; targets below 0 count nothing.

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
@@ -27,6 +28,7 @@ from moejax.losses import (
     expert_load,
     importance_loss,
     load_loss,
+    orthogonality_loss,
     sequence_balance_loss,
     z_loss,
 )
@@ -42,6 +44,7 @@ from moejax.mesh import (
 from moejax.order import after, together
 from moejax.routing import Router, Routing, make_router
 from moejax.routing.check import check_routing
+from moejax.routing.router import LinearRouter
 from moejax.shadow import Shadow, replicate_module
 from moejax.statistics import Choices, RouterStats, chosen_together, router_stats
 from moejax.wire import WIRES
@@ -60,7 +63,9 @@ class MoEStats:
       load_E: choices per expert, i32.
       invalid: choices whose expert id was out of range (-1, "none", is not), i32.
       dropped: valid choices that no expert carried out, i32.
-      over_capacity: those of them that were beyond their expert's capacity; the rest found a bucket full.
+      over_capacity: those of them that were beyond their expert's capacity, i32.
+      at_sender: those of them that found a bucket full before it was sent, i32.
+      at_receiver: the rest of them, which a receiver's full buffer refused, i32.
       rounds: times the layer ran until every choice was carried out, i32; the most of any group of devices.
       fill_V: share of the row buffers in use in the first round, one per level, the experts' last; f32.
       router: what the router did.
@@ -74,10 +79,26 @@ class MoEStats:
     invalid: jax.Array
     dropped: jax.Array
     over_capacity: jax.Array
+    at_sender: jax.Array
+    at_receiver: jax.Array
     rounds: jax.Array
     fill_V: jax.Array
     router: RouterStats
     choices: Choices | None = None
+
+    def widened(self, num_experts: int) -> MoEStats:
+        """As of a layer with so many experts, of which those beyond its own have no load."""
+        add = num_experts - self.load_E.shape[0]
+        if add == 0:
+            return self
+        wider = lambda array: jnp.pad(array, [(0, add)] * array.ndim)  # noqa: E731
+        choices = self.choices
+        return replace(
+            self,
+            load_E=wider(self.load_E),
+            router=replace(self.router, counted_E=wider(self.router.counted_E)),
+            choices=choices and replace(choices, together_EE=wider(choices.together_EE)),
+        )
 
 
 class MoE(nnx.Module):
@@ -112,12 +133,13 @@ class MoE(nnx.Module):
       shared_experts: so many experts' width of dense FFN is added for every token (DeepSeek-MoE).
       balance_weight, z_weight, importance_weight, load_weight: weights of the losses in `stats.aux_loss`; None takes
         the router's own.
+      orthogonality_weight: likewise, of the router's matrix; for routers with a linear layer.
       balance_over: what the balance loss is taken over: "batch" and "micro_batch" are the tokens of this call over all
         devices, unless "batch" is told of a larger one (`batch_load`); "sequence" is each sequence by itself.
 
     Raises:
-      ValueError: an unknown name, a number out of range, or (when called) experts that the mesh's expert axes do not
-        divide.
+      ValueError: an unknown name, a number out of range, or (when called) arrays of another shape or kind, or experts
+        that the mesh's expert axes do not divide; names the argument.
     """
 
     def __init__(
@@ -143,11 +165,18 @@ class MoE(nnx.Module):
         z_weight: float | None = None,
         importance_weight: float | None = None,
         load_weight: float | None = None,
+        orthogonality_weight: float | None = None,
         out_scale: float = 1.0,
         dtype=jnp.float32,
         rngs: nnx.Rngs,
         **router_options: Any,
     ):
+        sizes = {"d_model": d_model, "d_hidden": d_hidden, "num_experts": num_experts}
+        for argument, size in sizes.items():
+            if not isinstance(size, (int, np.integer)) or size < 1:
+                raise ValueError(f"{argument} = {size!r}: must be an integer of at least 1")
+        if not isinstance(shared_experts, (int, np.integer)) or shared_experts < 0:
+            raise ValueError(f"shared_experts = {shared_experts!r}: must be an integer of at least 0")
         names = {
             "exchange": (exchange, EXCHANGES),
             "overflow": (overflow, OVERFLOWS),
@@ -183,6 +212,7 @@ class MoE(nnx.Module):
             )
         elif expert_bias:
             raise ValueError("expert_bias = True: of experts by name; got experts themselves")
+        self.d_model = d_model
         self.router = router
         self.experts = experts
         self.num_experts = num_experts
@@ -213,6 +243,10 @@ class MoE(nnx.Module):
         self.z_weight = weight("z", z_weight)
         self.importance_weight = weight("importance", importance_weight)
         self.load_weight = weight("load", load_weight)
+        self.orthogonality_weight = weight("orthogonality", orthogonality_weight)
+        if self.orthogonality_weight and not isinstance(router, LinearRouter):
+            rule = f"needs a router with a linear layer, not {type(router).__name__}"
+            raise ValueError(f"orthogonality_weight = {orthogonality_weight}: {rule}")
 
     def __call__(
         self,
@@ -233,6 +267,7 @@ class MoE(nnx.Module):
           batch_load: of the whole batch when x is a part of it; for the balance loss and the z-loss.
           observe: fill `stats.choices`.
         """
+        self._check_arguments(x, token_mask, token_ids)
         check_experts(self.num_experts, {axis: ambient_mesh().shape[axis] for axis in expert_axes()})
         flat = lambda a: None if a is None else a.reshape(-1)  # noqa: E731
         graphdef, params = nnx.split((self.router, self.experts))
@@ -251,6 +286,11 @@ class MoE(nnx.Module):
         # The policy stands around `shard_map`: what is kept of the parameters is then what the caller holds anyway.
         tokens = (x.reshape(-1, x.shape[-1]), flat(token_mask), flat(token_ids))
         y_TD, stats, together_EE, first_T = keeping(run, self._kept())(params, (key, batch_load), *tokens)
+        if self.orthogonality_weight:
+            # Of parameters alone, so not among what is summed over the tokens of all devices.
+            assert isinstance(self.router, LinearRouter)
+            of_router = self.orthogonality_weight * orthogonality_loss(self.router.w_DE[...])
+            stats = replace(stats, aux_loss=stats.aux_loss + of_router)
         y = y_TD.reshape(x.shape)
         if self.shared is not None:
             # A masked token enters as 0 and, without biases, leaves as 0.
@@ -261,6 +301,20 @@ class MoE(nnx.Module):
     def _kept(self) -> str:
         may_loop = self.delivery["overflow"] == "rounds" and self.delivery["capacity_factor"] is not None
         return "keep" if may_loop and target().platform == "cpu" else self.received
+
+    def _check_arguments(self, x, token_mask, token_ids) -> None:
+        if x.ndim < 1 or x.shape[-1] != self.d_model:
+            rule = f"must be [..., d_model], with the layer's d_model ({self.d_model}) last"
+            raise ValueError(f"x: {rule}, got shape {x.shape}")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"x: must be floating, got {x.dtype}")
+        kinds = {"token_mask": (token_mask, jnp.bool_), "token_ids": (token_ids, jnp.integer)}
+        for argument, (value, kind) in kinds.items():
+            if value is None:
+                continue
+            if value.shape != x.shape[:-1] or not jnp.issubdtype(value.dtype, kind):
+                rule = f"must be {kind.__name__}{list(x.shape[:-1])}, one for each token of x"
+                raise ValueError(f"{argument}: {rule}, got {value.dtype}{list(value.shape)}")
 
     def _local(self, graphdef, sequence_length, observe, params, replicated, x_TD, mask_T, token_ids_T):
         """One device's tokens; collectives go along the token axes of the mesh, if there are any."""
@@ -302,14 +356,19 @@ class MoE(nnx.Module):
         same = lambda number: jax.lax.pmax(number, parts) if parts else number  # noqa: E731
         count = lambda choices_TK: jax.lax.psum(jnp.sum(choices_TK, dtype=jnp.int32), axes)  # noqa: E731
         losses = self._losses(routing, axes, sequence_length, batch_load)
+        dropped = same(count(in_range_TK & ~account.served_TK))
+        causes_2 = jnp.stack(make_varying((account.over_capacity, account.at_sender), axes))
+        over_capacity, at_sender = same(jax.lax.psum(causes_2, axes))
         stats = MoEStats(
             aux_loss=losses["aux_loss"],
             balance_loss=losses["balance_loss"],
             z_loss=losses["z_loss"],
             load_E=expert_load(ids_TK, self.num_experts, axes),
             invalid=count(~in_range_TK & (routing.ids_TK != -1)),
-            dropped=same(count(in_range_TK & ~account.served_TK)),
-            over_capacity=same(jax.lax.psum(account.over_capacity, axes)),
+            dropped=dropped,
+            over_capacity=over_capacity,
+            at_sender=at_sender,
+            at_receiver=dropped - over_capacity - at_sender,
             rounds=same(jax.lax.pmax(account.rounds, axes)),
             fill_V=same(jax.lax.pmean(account.fill_V, axes)),
             router=router_stats(routing, axes),

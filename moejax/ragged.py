@@ -64,7 +64,10 @@ class Ragged:
         rows_ND = received(send(permute(x_TD, plan), go, self.wire))
         first = jax.lax.axis_index(self.axis) * self.experts_below
         fill = jnp.sum(there.received_P).astype(jnp.float32) / self.rows
-        return Arrived(rows_ND, *account(unpack_choices(message, first, self.experts_below)), fill, ticket)
+        # What finds no room is refused by the receiver.
+        unsent = jnp.int32(0)
+        choices = account(unpack_choices(message, first, self.experts_below))
+        return Arrived(rows_ND, *choices, fill, unsent, ticket)
 
     def combine(self, y_ND, served_NK, ticket):
         """As `Exchange.combine`; rows that found no room come back as zeros."""

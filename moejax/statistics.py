@@ -5,9 +5,9 @@ Shapes: T tokens on this device, E experts, K experts per token.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,14 +81,27 @@ def chosen_together(ids_TK: jax.Array, num_experts: int, axes: Sequence[str] = (
     return jax.lax.psum(together_EE, tuple(axes)) if axes else together_EE
 
 
-def max_violation(load_E: jax.Array) -> jax.Array:
-    """(largest load - mean load) / mean load over the last dimension (Wang et al. 2024, eq. 4); 0 without load."""
-    mean = jnp.mean(load_E, axis=-1)
+def max_violation(load_E: jax.Array, num_experts: Any = None) -> jax.Array:
+    """(largest load - mean load) / mean load over the last dimension (Wang et al. 2024, eq. 4); 0 without load.
+
+    Args:
+      num_experts: how many of the entries are experts, an integer for each row or one for all; None: all of them.
+    """
+    mean = jnp.sum(load_E, axis=-1) / _count(load_E, num_experts)
     return jnp.where(mean > 0, jnp.max(load_E, axis=-1) / jnp.where(mean > 0, mean, 1) - 1, 0)
 
 
-def load_entropy(load_E: jax.Array) -> jax.Array:
-    """Entropy of the experts' shares over log(E), last dimension: 1 when balanced, 0 when one takes all."""
+def load_entropy(load_E: jax.Array, num_experts: Any = None) -> jax.Array:
+    """Entropy of the experts' shares over log(E), last dimension: 1 when balanced, 0 when one takes all.
+
+    Args:
+      num_experts: as for `max_violation`.
+    """
     total = jnp.sum(load_E, axis=-1, keepdims=True)
     share_E = load_E / jnp.maximum(total, 1)
-    return jnp.sum(jax.scipy.special.entr(share_E), axis=-1) / math.log(max(load_E.shape[-1], 2))
+    largest = jnp.log(jnp.maximum(_count(load_E, num_experts), 2))
+    return jnp.sum(jax.scipy.special.entr(share_E), axis=-1) / largest
+
+
+def _count(load_E: jax.Array, num_experts: Any) -> jax.Array:
+    return jnp.asarray(load_E.shape[-1] if num_experts is None else num_experts, jnp.float32)

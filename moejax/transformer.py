@@ -120,7 +120,7 @@ class Transformer(nnx.Module):
       d_hidden: F of the dense layers.
       moe_layers: numbers of the layers that are MoE.
       moe: arguments of `MoE` beyond `d_model`: `d_hidden`, `num_experts`, `top_k`, `router`, ...
-      moe_of_layer: for single MoE layers by number, what stands instead of `moe`; all layers have as many experts.
+      moe_of_layer: for single MoE layers by number, what stands instead of `moe`, such as another number of experts.
       remat: name in `REMAT_POLICIES`.
       dtype: of all products and activations; parameters are f32.
 
@@ -208,12 +208,13 @@ class Transformer(nnx.Module):
           cache: from `init_cache`; filled with the keys and values of `tokens_BS`.
           key: random key of this call, for routers that draw; every layer draws from one of its own.
           batch_load: when the tokens are one part of a batch, what each MoE layer must know of the whole; fields with
-            a leading M.
+            a leading M, as wide as the layer of most experts.
           observe: also fill the statistics' `choices`.
 
         Returns:
           hidden_BSD after the last norm; the statistics of the M MoE layers, each field with a leading M (None if
-          M = 0); finite_L, whether each layer's output was finite; the filled cache.
+          M = 0), where E is that of the layer of most experts and those that another layer does not have are 0;
+          finite_L, whether each layer's output was finite; the filled cache.
         """
         context = self._context(tokens_BS, segments_BS, positions_BS)
         graphdef, stacked = nnx.split(self.blocks)
@@ -229,10 +230,9 @@ class Transformer(nnx.Module):
                 part, block_key = jax.tree.map(lambda leaf, index=index: leaf[index], (cache, keys))
                 load = None
                 if isinstance(block.ffn, MoE):
-                    moe = len(stats)
-                    load = jax.tree.map(lambda leaf, moe=moe: leaf[moe], loads)
+                    load = _load_of(loads, len(stats), block.ffn.num_experts)
                 x_BSD, block_stats, part = block(x_BSD, context, part, block_key, load, observe)
-                stats += [] if block_stats is None else [block_stats]
+                stats += [] if block_stats is None else [block_stats.widened(max(self.experts_of_layers))]
                 finite.append(jnp.all(jnp.isfinite(x_BSD)))
                 x_BSD = after(x_BSD, finite[-1])
                 caches.append(part)
@@ -289,6 +289,12 @@ class Transformer(nnx.Module):
         return Context(tokens_BS, segments_BS, positions_BS, rotation_BS2f)
 
     @property
+    def experts_of_layers(self) -> tuple[int, ...]:
+        """How many experts each MoE layer has, [M]."""
+        experts = tuple(block.ffn.num_experts for block in self.blocks if isinstance(block.ffn, MoE))
+        return experts * self._repetitions
+
+    @property
     def _repetitions(self) -> int:
         return self.num_layers // len(self.blocks)
 
@@ -296,11 +302,13 @@ class Transformer(nnx.Module):
         """Let routers that keep a state change it after an optimizer step.
 
         Args:
-          load_ME: choices per expert of each MoE layer over the whole batch.
+          load_ME: choices per expert of each MoE layer over the whole batch; of a layer with fewer than E experts, the
+            first count.
         """
-        routers = [block.ffn.router for block in self.blocks if isinstance(block.ffn, MoE)]
-        load_RME = load_ME.reshape(self._repetitions, len(routers), -1)
-        for index, router in enumerate(routers):
+        layers = [block.ffn for block in self.blocks if isinstance(block.ffn, MoE)]
+        load_RME = load_ME.reshape(self._repetitions, len(layers), -1)
+        for index, layer in enumerate(layers):
+            router = layer.router
             graphdef, state = nnx.split(router)
 
             def balanced(state, load_E, graphdef=graphdef):
@@ -308,7 +316,7 @@ class Transformer(nnx.Module):
                 router.balance(load_E)
                 return nnx.state(router)
 
-            nnx.update(router, jax.vmap(balanced)(state, load_RME[:, index]))
+            nnx.update(router, jax.vmap(balanced)(state, load_RME[:, index, : layer.num_experts]))
 
     def _embed(self, tokens_BS: jax.Array) -> jax.Array:
         return self.embedding[...][tokens_BS].astype(self.dtype)
@@ -371,10 +379,7 @@ def _kinds(
         raise ValueError(
             f"moe_of_layer = {sorted(moe_of_layer)}: must be of moe_layers, {sorted(moe_layers)}"
         )
-    kinds = [moe_of_layer.get(layer, moe) if layer in moe_layers else None for layer in range(num_layers)]
-    if len(counts := {kind.get("num_experts") for kind in kinds if kind is not None}) > 1:
-        raise ValueError(f"moe_of_layer: num_experts must be the same in all MoE layers, got {counts}")
-    return kinds
+    return [moe_of_layer.get(layer, moe) if layer in moe_layers else None for layer in range(num_layers)]
 
 
 def _period(kinds: list[Any]) -> int:
@@ -388,6 +393,13 @@ def _stack(make: Callable[[nnx.Rngs], Any], count: int, rngs: nnx.Rngs) -> Any:
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
     keys = jax.random.split(rngs.params(), count)
     return nnx.merge(graphdef, jax.vmap(lambda key: nnx.state(make(nnx.Rngs(key))))(keys))
+
+
+def _load_of(loads: BatchLoad | None, layer: int, num_experts: int) -> BatchLoad | None:
+    """What one MoE layer must know, of its own experts only."""
+    if loads is None:
+        return None
+    return BatchLoad(loads.counted_E[layer, :num_experts], loads.tokens[layer], loads.parts[layer])
 
 
 def _stack_trees(trees: list[Any]) -> Any:

@@ -51,6 +51,8 @@ class RoutingConfig:
     """Weight of the importance loss: squared variation of the experts' summed weights."""
     load_weight: float | None = None
     """Weight of the load loss: squared variation of the experts' expected load; router noisy."""
+    orthogonality_weight: float | None = None
+    """Weight of the orthogonality loss of the router's matrix: all routers with a linear layer."""
     normalize: bool | None = None
     """Make a token's combine weights sum to one: topk, noisy, cosine, sinkhorn, swipe, topology, rounded."""
     router_bias: bool | None = None
@@ -60,7 +62,7 @@ class RoutingConfig:
     capacity_factor: float | None = None
     """Choices an expert accepts, as a multiple of its even share: switch, gshard, expert_choice."""
     eval_capacity_factor: float | None = None
-    """The same in evaluation: switch, gshard."""
+    """The same in evaluation: switch, gshard, expert_choice."""
     drop_by: Literal["position", "score", "random"] | None = None
     """Who is served first where a capacity does not suffice: switch, gshard."""
     jitter: float | None = None
@@ -105,6 +107,9 @@ class MoEConfig:
 
     num_experts: int = 8
     """Experts per layer."""
+    layer_experts: str | None = None
+    """Experts of single layers in place of `num_experts`, such as `0:4,3:16`. Layers compile as one loop where the
+    pattern of their kinds repeats."""
     top_k: int | None = None
     """Experts per token. Unset: the router's own number."""
     d_hidden: int | None = None

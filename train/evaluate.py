@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from train.config_io import load_config
 from train.data import load_corpus, load_tokenizer, validation_batches
 from train.errors import ConfigError
 from train.feed import device_batch, process_rows
+from train.layers import moe_layers_of
 from train.model import ModelSpec, make_mesh, product_precision
 from train.observe import ExpertView
 from train.step import make_eval_step
@@ -63,9 +64,20 @@ class Evaluation:
 
 
 def evaluate(
-    eval_step: Callable[..., Any], params: Any, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh
+    eval_step: Callable[..., Any],
+    params: Any,
+    batches: Iterable[dict[str, np.ndarray]],
+    mesh: Mesh,
+    *,
+    experts_of_layers: Sequence[int],
+    progress: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
-    """Evaluate batch after batch; at most `IN_FLIGHT` of them are on their way at once."""
+    """Evaluate batch after batch; at most `IN_FLIGHT` of them are on their way at once.
+
+    Args:
+      experts_of_layers: how many experts each MoE layer has.
+      progress: is told how many batches are done whenever some have been fetched.
+    """
     fetched, pending, first_MW = [], [], None
     for number, batch in enumerate(batches):
         sums = eval_step(params, device_batch(batch, mesh))
@@ -78,9 +90,10 @@ def evaluate(
         if len(pending) == IN_FLIGHT:
             fetched += jax.device_get(pending)
             pending.clear()
+            progress(len(fetched))
     fetched += jax.device_get(pending)
     by_name = lambda name: np.asarray([sums[name] for sums in fetched])  # noqa: E731
-    return Evaluation(by_name("loss"), by_name("tokens"), ExpertView.of(fetched, first_MW))
+    return Evaluation(by_name("loss"), by_name("tokens"), ExpertView.of(fetched, first_MW, experts_of_layers))
 
 
 def fitting_mesh(config: TrainConfig) -> Mesh:
@@ -88,7 +101,8 @@ def fitting_mesh(config: TrainConfig) -> Mesh:
     num_devices = jax.device_count()
     own = dataclasses.replace(config.mesh, data=-1)
     if num_devices % (own.expert_node * own.expert * own.tensor):
-        own = MeshConfig(expert=math.gcd(num_devices, config.model.moe.num_experts))
+        experts = [layer.num_experts for layer in moe_layers_of(config.model).values()]
+        own = MeshConfig(expert=math.gcd(num_devices, *experts))
     return make_mesh(own)
 
 
@@ -130,7 +144,13 @@ def evaluate_run(run_dir: str) -> tuple[float, int]:
         batch_size = math.ceil(config.data.batch_size / mesh.size) * mesh.size
         rows = process_rows(mesh, batch_size)
         batches = validation_batches(corpus, batch_size, config.data.sequence_length, rows=rows)
-        evaluation = evaluate(jax.jit(make_eval_step(spec, mesh)), params, batches, mesh)
+        evaluation = evaluate(
+            jax.jit(make_eval_step(spec, mesh)),
+            params,
+            batches,
+            mesh,
+            experts_of_layers=spec.experts_of_layers,
+        )
     loss, tokens = evaluation.loss(), evaluation.tokens()
     line = f"eval/loss {loss:.6f} at step {step} over {tokens:,} tokens"
     try:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from train.data import (
     TrainingBatches,
     build_tokenizer,
     load_corpus,
+    num_validation_batches,
     validation_batches,
 )
 from train.errors import ConfigError, Interrupted, NotFinite
@@ -160,7 +162,16 @@ def _train(config: TrainConfig, workdir: Path, failure: NotFinite | None) -> Non
                     if last and part is not None:
                         log.info("evaluating on the whole validation split")
                     split = validation_batches(corpus, batch_size, sequence_length, whole, rows)
-                    evaluation = evaluate(eval_step, state.params, split, mesh)
+                    total = num_validation_batches(corpus, batch_size, sequence_length, whole)
+                    progress = partial(monitor.evaluating, total=total)
+                    evaluation = evaluate(
+                        eval_step,
+                        state.params,
+                        split,
+                        mesh,
+                        experts_of_layers=program.spec.experts_of_layers,
+                        progress=progress,
+                    )
                     extra |= evaluation.standing(part)
                     if config.checkpoint.every > 0:
                         is_best = processes.from_first(checkpoints.would_be_best(extra))

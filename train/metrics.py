@@ -6,12 +6,29 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+DROP_CAUSES = {
+    "dropped_by_router": "by the router",
+    "dropped_over_capacity": "over their experts' capacity",
+    "dropped_at_sender": "at full buckets of the sender",
+    "dropped_at_receiver": "at full buffers of the receiver",
+}
+"""Metrics below `moe/` that add up to `moe/dropped_fraction`, and what they say."""
+
 LAYERS = "moe/layers/"
 """What begins so has one entry per MoE layer, or per layer and expert."""
+
+
+def of_existing(array_ME: np.ndarray, experts_of_layers: Sequence[int]) -> np.ndarray | list[np.ndarray]:
+    """The rows of all layers without the experts that a layer does not have; an array where all have as many."""
+    if all(experts == array_ME.shape[1] for experts in experts_of_layers):
+        return array_ME
+    return [row_E[:experts] for row_E, experts in zip(array_ME, experts_of_layers, strict=True)]
 
 
 class Metrics:
@@ -26,7 +43,7 @@ class Metrics:
         self._file = _open(self.path)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one line; values are Python, numpy or jax scalars, or numpy arrays, which become nested lists."""
+        """Write one line; values are scalars of Python, numpy or jax, or arrays or lists of them."""
         line = json.dumps({name: _portable(value) for name, value in record.items()}, allow_nan=False)
         rest = memoryview(line.encode() + b"\n")
         while rest:

@@ -12,9 +12,10 @@ from flax import nnx
 
 import moejax
 from moejax.mesh import state_shardings
-from moejax.routing import ROUTERS, router_options
-from train.config import MeshConfig, MoEConfig, TrainConfig
-from train.validation import LOSSES, hidden_widths, moe_layer_numbers, routers_of_layers
+from moejax.routing import is_linear, router_options
+from train.config import MeshConfig, TrainConfig
+from train.layers import MoELayer, hidden_widths, moe_layers_of
+from train.validation import LOSSES
 
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 
@@ -29,11 +30,6 @@ def make_mesh(mesh: MeshConfig) -> jax.sharding.Mesh:
     return moejax.make_mesh(
         data=mesh.data, expert_node=mesh.expert_node, expert=mesh.expert, tensor=mesh.tensor
     )
-
-
-def experts_per_token(moe: MoEConfig) -> int:
-    """`model.moe.top_k`, or the own number of `model.moe.router` where it is unset."""
-    return ROUTERS[moe.router].default_top_k if moe.top_k is None else moe.top_k
 
 
 def bias_rate(config: TrainConfig) -> float:
@@ -51,12 +47,12 @@ def make_model(config: TrainConfig, vocab_size: int, rngs: nnx.Rngs) -> moejax.T
     model = config.model
     d_hidden, expert_hidden = hidden_widths(model)
 
-    def moe(router: str) -> dict[str, Any]:
+    def moe(layer: MoELayer) -> dict[str, Any]:
         return {
             "d_hidden": expert_hidden,
-            "num_experts": model.moe.num_experts,
+            "num_experts": layer.num_experts,
             "top_k": model.moe.top_k,
-            "router": router,
+            "router": layer.router,
             "exchange": model.moe.exchange,
             "overflow": model.moe.overflow,
             "buffer_factor": model.moe.capacity_factor,
@@ -66,8 +62,10 @@ def make_model(config: TrainConfig, vocab_size: int, rngs: nnx.Rngs) -> moejax.T
             "received": model.moe.received,
             "expert_bias": model.moe.expert_bias,
             "shared_experts": model.moe.shared_experts,
-            **_routing_options(config, router),
+            **_routing_options(config, layer.router),
         }
+
+    layers = moe_layers_of(model)
 
     return moejax.Transformer(
         vocab_size=model.vocab_size or vocab_size,
@@ -77,9 +75,8 @@ def make_model(config: TrainConfig, vocab_size: int, rngs: nnx.Rngs) -> moejax.T
         num_kv_heads=model.num_kv_heads,
         d_hidden=d_hidden,
         activation=model.activation,
-        moe_layers=moe_layer_numbers(model.moe_layers, model.num_layers),
-        moe=moe(model.moe.router),
-        moe_of_layer={layer: moe(router) for layer, router in routers_of_layers(config.model).items()},
+        moe_layers=tuple(layers),
+        moe_of_layer={number: moe(layer) for number, layer in layers.items()},
         tie_embeddings=model.tie_embeddings,
         rope_theta=model.rope_theta,
         remat=model.remat,
@@ -93,6 +90,8 @@ def _routing_options(config: TrainConfig, router: str) -> dict[str, Any]:
     given = {name: value for name, value in asdict(config.model.moe.routing).items() if value is not None}
     known = (*LOSSES, *router_options(router))
     options = {name: value for name, value in given.items() if name in known}
+    if not is_linear(router):
+        options.pop("orthogonality_weight", None)
     if "bias_rate" in known:
         options["bias_rate"] = bias_rate(config)
     return options
@@ -132,8 +131,12 @@ class ModelSpec:
     @property
     def num_moe_layers(self) -> int:
         """M."""
-        model = self.config.model
-        return len(moe_layer_numbers(model.moe_layers, model.num_layers))
+        return len(self.experts_of_layers)
+
+    @property
+    def experts_of_layers(self) -> tuple[int, ...]:
+        """How many experts each MoE layer has, [M]; arrays of all layers are as wide as the most."""
+        return tuple(layer.num_experts for layer in moe_layers_of(self.config.model).values())
 
     @property
     def has_router_state(self) -> bool:
@@ -173,30 +176,36 @@ class ModelSpec:
 
     def count_parameters(self) -> tuple[int, int]:
         """All parameters, and those that one token meets: of the experts only the chosen ones."""
-        moe = self.config.model.moe
         total = active = 0
-        leaves = zip(jax.tree.leaves(self.abstract), jax.tree.leaves(self.logical_axes()), strict=True)
-        for leaf, axes in leaves:
+        for path, leaf, axes in self._parameters():
             total += leaf.size
-            active += (
-                leaf.size * experts_per_token(moe) // moe.num_experts
-                if "experts" in axes.names
-                else leaf.size
-            )
+            active += round(leaf.size * self._share_of_token(path, leaf, axes))
         return total, active
 
     def active_matrix_parameters(self) -> int:
         """Parameters that one token is multiplied with: no norms, and no embedding that is only looked up."""
         count = 0
-        moe = self.config.model.moe
-        paths = jax.tree_util.tree_leaves_with_path(self.logical_axes())
-        for (path, axes), leaf in zip(paths, jax.tree.leaves(self.abstract), strict=True):
+        for path, leaf, axes in self._parameters():
             is_matrix = len(set(axes.names) - {"layers", "experts", "parts"}) > 1
             is_looked_up = jax.tree_util.keystr(path, simple=True) == "embedding"
             if is_matrix and not (is_looked_up and not self.config.model.tie_embeddings):
-                share = experts_per_token(moe) / moe.num_experts if "experts" in axes.names else 1
-                count += round(leaf.size * share)
+                count += round(leaf.size * self._share_of_token(path, leaf, axes))
         return count
+
+    def _parameters(self) -> list[tuple[tuple[Any, ...], jax.ShapeDtypeStruct, Axes]]:
+        """Path, shape and axes of each."""
+        paths = jax.tree_util.tree_leaves_with_path(self.logical_axes())
+        leaves = jax.tree.leaves(self.abstract)
+        return [(path, leaf, axes) for (path, axes), leaf in zip(paths, leaves, strict=True)]
+
+    def _share_of_token(self, path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct, axes: Axes) -> float:
+        """The share of a parameter that one token meets."""
+        if "experts" not in axes.names:
+            return 1
+        # The blocks of the model's period are its first layers; what is stacked behind them is alike.
+        first = int(path[1].key)
+        layer = moe_layers_of(self.config.model)[first]
+        return layer.experts_per_token(self.config.model) / leaf.shape[axes.names.index("experts")]
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
-
 from train.config import LogConfig
 from train.errors import TrainingFailed
 from train.logs import logged_to
@@ -84,9 +82,7 @@ class Monitor:
             self._file_handler.handle(self._logger.makeRecord("moejax", logging.ERROR, "", 0, text, (), None))
         self.close()
 
-    def train(
-        self, step: int, metrics: Mapping[str, float], layers: Mapping[str, np.ndarray] | None = None
-    ) -> None:
+    def train(self, step: int, metrics: Mapping[str, float], layers: Mapping[str, Any] | None = None) -> None:
         """Report a logged step; with the numbers of each MoE layer (`moe/layers/...`), if it is one of those that do.
 
         Adds `tokens` (since step 0), `step_seconds` and `tokens_per_second` (means over the steps since the
@@ -127,6 +123,11 @@ class Monitor:
         self._write(step, {"step": step, "eval/loss": loss, **scalars}, layers)
         with contextlib.suppress(OSError):
             self._terminal.evaluation(step, loss)
+
+    def evaluating(self, done: int, total: int) -> None:
+        """Show how many batches of an evaluation are done."""
+        with contextlib.suppress(OSError):
+            self._terminal.evaluating(done, total)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -179,13 +180,14 @@ class Bystander:
     def __exit__(self, *_: object) -> None:
         """Nothing to close."""
 
-    def train(
-        self, step: int, metrics: Mapping[str, float], layers: Mapping[str, np.ndarray] | None = None
-    ) -> None:
+    def train(self, step: int, metrics: Mapping[str, float], layers: Mapping[str, Any] | None = None) -> None:
         """Process 0 reports it."""
 
     def evaluation(self, step: int, loss: float, experts: Mapping[str, Any] | None = None) -> None:
         """Process 0 reports it."""
+
+    def evaluating(self, done: int, total: int) -> None:
+        """Process 0 shows it."""
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

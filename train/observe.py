@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from train.metrics import LAYERS
+from train.metrics import LAYERS, of_existing
 
 # Tokens whose first choices are kept from one evaluation to the next, with the run's state.
 WATCHED_TOKENS = 4096
@@ -28,12 +28,13 @@ class ExpertView:
     """Sums over the batches of an evaluation, of every MoE layer.
 
     Fields:
-      load_ME: choices per expert.
+      load_ME: choices per expert; E is that of the layer of most experts.
       dropped_M: choices that were not carried out.
       by_router_M: those of them that the router itself dropped, which `load_ME` does not count.
       first_MW: first choice of each watched token, -1 for none; where the evaluation left it, on the device.
       together_MEE: of the first batches, tokens that chose both experts; on the diagonal, those that chose the one.
       together_tokens: tokens of these batches.
+      experts_of_layers: how many experts each layer has.
     """
 
     load_ME: np.ndarray
@@ -42,15 +43,26 @@ class ExpertView:
     first_MW: Any
     together_MEE: np.ndarray
     together_tokens: int
+    experts_of_layers: Sequence[int]
 
     @classmethod
-    def of(cls, batches: Sequence[dict[str, Any]], first_MW: Any) -> ExpertView | None:
+    def of(
+        cls, batches: Sequence[dict[str, Any]], first_MW: Any, experts_of_layers: Sequence[int]
+    ) -> ExpertView | None:
         """From what `make_eval_step` reports of each batch; None for a dense model."""
         if "load" not in batches[0]:
             return None
         total = lambda name: np.sum([np.asarray(b[name], np.int64) for b in batches if name in b], axis=0)  # noqa: E731
         tokens = sum(int(b["routed"]) for b in batches if "together" in b)
-        return cls(total("load"), total("dropped"), total("by_router"), first_MW, total("together"), tokens)
+        return cls(
+            total("load"),
+            total("dropped"),
+            total("by_router"),
+            first_MW,
+            total("together"),
+            tokens,
+            experts_of_layers,
+        )
 
     def metrics(self, first_before_MW: np.ndarray) -> dict[str, Any]:
         """Scalars, and the numbers of each layer under `moe/layers/`.
@@ -58,14 +70,14 @@ class ExpertView:
         Args:
           first_before_MW: of the evaluation before; NEVER if there was none, which leaves the change out.
         """
-        even_M = np.maximum(self.load_ME.mean(axis=1), 1e-9)
+        even_M = np.maximum(self.load_ME.sum(axis=1) / np.asarray(self.experts_of_layers), 1e-9)
         max_vio_M = self.load_ME.max(axis=1) / even_M - 1
         choices_M = np.maximum(self.load_ME.sum(axis=1) + self.by_router_M, 1)
         pairs = [best_pairs(together_EE, self.together_tokens) for together_EE in self.together_MEE]
         record = {
             "moe/max_vio": float(max_vio_M.max()),
             "moe/dropped_fraction": float(self.dropped_M.sum() / choices_M.sum()),
-            LAYERS + "load": self.load_ME,
+            LAYERS + "load": of_existing(self.load_ME, self.experts_of_layers),
             LAYERS + "max_vio": max_vio_M,
             LAYERS + "pairs": pairs,
         }

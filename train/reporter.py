@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from train.errors import NotFinite
 from train.finite import FiniteCheck
-from train.metrics import LAYERS
+from train.metrics import LAYERS, of_existing
 from train.model import ModelSpec
 from train.monitor import Bystander, Monitor
 from train.spikes import SpikeWatch
@@ -50,6 +50,7 @@ class Reporter:
         self._spikes = SpikeWatch(spec.config.log.spike_factor)
         self._skipped = 0
         self._monitor = monitor
+        self._experts_of_layers = spec.experts_of_layers
         self._describe_checkpoint = describe_checkpoint
         self._check_finite = FiniteCheck(spec)
         self._finite_parts = jax.jit(self._check_finite, out_shardings=NamedSharding(mesh, P()))
@@ -76,7 +77,7 @@ class Reporter:
             if warning := self._spikes(step, float(metrics["grad_norm"])):
                 log.warning("%s", warning)
             if logged:
-                self._monitor.train(step, self._scalars(metrics), _layers(metrics))
+                self._monitor.train(step, self._scalars(metrics), self._layers(metrics))
         if self._watchdog and self._pending:
             self._watchdog.finished(self._pending[-1][0])
         self._pending.clear()
@@ -128,7 +129,10 @@ class Reporter:
             line["memory_bytes"] = memory["peak_bytes_in_use"]
         return line
 
-
-def _layers(metrics: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The numbers of each MoE layer, by their short names."""
-    return {name.removeprefix(LAYERS): value for name, value in metrics.items() if name.startswith(LAYERS)}
+    def _layers(self, metrics: dict[str, np.ndarray]) -> dict[str, Any]:
+        """The numbers of each MoE layer, by their short names."""
+        layers: dict[str, Any] = {
+            name.removeprefix(LAYERS): value for name, value in metrics.items() if name.startswith(LAYERS)
+        }
+        of_each_expert = {name: layers[name] for name in ("load", "dead") if name in layers}
+        return layers | {name: of_existing(v, self._experts_of_layers) for name, v in of_each_expert.items()}

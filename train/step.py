@@ -1,7 +1,7 @@
 """One optimizer step and one evaluation step, as compiled functions of the run's state.
 
-Shapes: B sequences of the global batch, S positions, A accumulation steps, L layers, M MoE layers, E experts, W watched
-tokens.
+Shapes: B sequences of the global batch, S positions, A accumulation steps, L layers, M MoE layers, E experts (of the
+layer of most), W watched tokens.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def make_init(
     def init() -> TrainState:
         param_key, key = jax.random.split(jax.random.key(seed))
         params = spec.init_params(param_key)
-        idle_ME = jnp.zeros((spec.num_moe_layers, spec.config.model.moe.num_experts), jnp.int32)
+        most = max(spec.experts_of_layers, default=spec.config.model.moe.num_experts)
+        idle_ME = jnp.zeros((spec.num_moe_layers, most), jnp.int32)
         data = spec.config.data
         watched = min(data.batch_size * data.sequence_length, WATCHED_TOKENS)
         first_MW = jnp.full((spec.num_moe_layers, watched), NEVER, jnp.int32)
@@ -162,7 +163,8 @@ def make_train_step(
         if (stats := reports["stats"]) is not None:
             load_ME = jnp.sum(stats.load_E, axis=0)
             idle_ME = jnp.where(load_ME > 0, 0, idle_ME + 1)
-            moe = moe_metrics(stats, idle_ME >= spec.config.log.dead_after)
+            is_dead_ME = idle_ME >= spec.config.log.dead_after
+            moe = moe_metrics(stats, is_dead_ME, spec.experts_of_layers)
             if spec.has_router_state:
                 params = spec.balance_routers(params, load_ME)
         metrics = {

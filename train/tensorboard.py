@@ -10,7 +10,7 @@ import os
 import struct
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,12 +44,19 @@ class Board:
         self._writer.write_event(event)
         self._writer.flush()
 
-    def write_load(self, step: int, load_ME: np.ndarray) -> None:
+    def write_load(self, step: int, loads: Sequence[np.ndarray]) -> None:
         """Write the load of each expert of each MoE layer: as one picture, and as a histogram per layer.
 
-        A pixel is an expert, a row of them a layer; white has no token, black twice its even share or more.
+        A pixel is an expert, a row of them a layer; white has no token (or is no expert), black twice its even share or
+        more.
+
+        Args:
+          loads: of each layer its experts' loads.
         """
-        share_ME = load_ME / np.maximum(load_ME.mean(axis=1, keepdims=True), 1e-9)
+        shares = [load_E / np.maximum(np.mean(load_E), 1e-9) for load_E in loads]
+        share_ME = np.zeros((len(shares), max(map(len, shares))))
+        for row_E, share_E in zip(share_ME, shares, strict=True):
+            row_E[: len(share_E)] = share_E
         pixels = np.repeat(np.repeat(255 - np.minimum(share_ME * 127.5, 255), 12, axis=0), 12, axis=1)
         picture = self._summary.Image(
             height=pixels.shape[0],
@@ -58,7 +65,7 @@ class Board:
             encoded_image_string=png(pixels.astype(np.uint8)),
         )
         values = [self._summary.Value(tag="moe/load", image=picture)]
-        for layer, share_E in enumerate(share_ME):
+        for layer, share_E in enumerate(shares):
             counts, edges = np.histogram(share_E, bins=20, range=(0, max(2.0, share_E.max())))
             histogram = self._histogram(
                 min=share_E.min(),

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Protocol, TextIO
 
+from train.metrics import DROP_CAUSES
+
 _ONLY_IF_ANY = ("moe/dropped_fraction", "moe/dead_experts")
 _PLAIN_SECONDS = 5.0  # between plain lines: a log file should stay readable
 
@@ -16,6 +18,9 @@ class Terminal(Protocol):
 
     def train(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show a logged step."""
+
+    def evaluating(self, done: int, total: int) -> None:
+        """Show how many batches of an evaluation are done."""
 
     def evaluation(self, step: int, loss: float) -> None:
         """Show an evaluation loss."""
@@ -61,7 +66,7 @@ def duration(seconds: float) -> str:
 def summary(metrics: Mapping[str, float]) -> str:
     """The few numbers worth watching, of those present."""
     parts = [
-        f"{label} {metrics[name]:{form}}"
+        f"{label} {metrics[name]:{form}}" + (_cause_of_drops(metrics) if label == "dropped" else "")
         for name, label, form in (
             ("loss", "loss", ".4f"),
             ("moe/max_vio", "balance", ".2f"),
@@ -73,6 +78,13 @@ def summary(metrics: Mapping[str, float]) -> str:
         if name in metrics and not (name in _ONLY_IF_ANY and not metrics[name])
     ]
     return "  ".join(parts)
+
+
+def _cause_of_drops(metrics: Mapping[str, float]) -> str:
+    """Where most of what is dropped is dropped, in a word."""
+    shares = {cause: metrics.get(f"moe/{cause}", 0.0) for cause in DROP_CAUSES}
+    worst = max(shares, key=lambda cause: shares[cause])
+    return f" ({worst.split('_')[-1]})" if shares[worst] else ""
 
 
 class PlainTerminal:
@@ -89,6 +101,13 @@ class PlainTerminal:
         if self._shown is None or step >= self._total or now - self._shown >= _PLAIN_SECONDS:
             self._shown = now
             self.message(f"step {step}/{self._total}  {summary(metrics)}  ETA {remaining}")
+
+    def evaluating(self, done: int, total: int) -> None:
+        """Print how far an evaluation is, unless the last line is only a moment old."""
+        now = self._clock()
+        if self._shown is None or now - self._shown >= _PLAIN_SECONDS:
+            self._shown = now
+            self.message(f"evaluating  {done}/{total} batches")
 
     def evaluation(self, step: int, loss: float) -> None:
         """Print an evaluation loss."""
@@ -124,8 +143,14 @@ class LiveTerminal:
             redirect_stdout=False,
             redirect_stderr=False,
         )
+        is_done = start_step >= total_steps
         self._task = self._progress.add_task(
-            "", total=total_steps, completed=start_step, numbers="compiling", evaluation="", remaining="-:--"
+            "",
+            total=total_steps,
+            completed=start_step,
+            numbers="finished" if is_done else "compiling",
+            evaluation="",
+            remaining=duration(0) if is_done else "-:--",
         )
         self._progress.start()
         self._progress.refresh()
@@ -136,6 +161,10 @@ class LiveTerminal:
         self._progress.update(
             self._task, completed=step, numbers=summary(metrics), remaining=remaining, refresh=True
         )
+
+    def evaluating(self, done: int, total: int) -> None:
+        """Say how far an evaluation is, where its loss will stand."""
+        self._progress.update(self._task, evaluation=f"evaluating {done}/{total}", refresh=True)
 
     def evaluation(self, step: int, loss: float) -> None:
         """Renew the evaluation loss beside the bar."""

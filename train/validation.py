@@ -9,9 +9,10 @@ import pathlib
 import re
 from collections.abc import Callable, Iterable
 
-from train.config import MeshConfig, ModelConfig, TrainConfig
+from train.config import MeshConfig, TrainConfig
 from train.errors import ConfigError
 from train.fields import flatten, get, nearest, shown
+from train.layers import MoELayer, hidden_widths, moe_layer_numbers, moe_layers_of
 
 Rule = tuple[str, Callable[[float], bool]]
 
@@ -63,6 +64,7 @@ RANGES: dict[str, Rule] = {
     "model.moe.routing.z_weight": NOT_NEGATIVE,
     "model.moe.routing.importance_weight": NOT_NEGATIVE,
     "model.moe.routing.load_weight": NOT_NEGATIVE,
+    "model.moe.routing.orthogonality_weight": NOT_NEGATIVE,
     "model.moe.routing.groups": COUNT,
     "model.moe.routing.capacity_factor": POSITIVE,
     "model.moe.routing.eval_capacity_factor": POSITIVE,
@@ -111,7 +113,14 @@ RANGES: dict[str, Rule] = {
     "log.stall_seconds": POSITIVE,
 }
 
-LOSSES = ("balance_weight", "balance_over", "z_weight", "importance_weight", "load_weight")
+LOSSES = (
+    "balance_weight",
+    "balance_over",
+    "z_weight",
+    "importance_weight",
+    "load_weight",
+    "orthogonality_weight",
+)
 """Fields of `model.moe.routing` that are no option of one router."""
 
 NOT_EMPTY = ("workdir", "data.path", "data.validation_path", "data.text_field", "data.tokenizer")
@@ -175,53 +184,6 @@ def _product(axes: dict[str, int]) -> tuple[str, str]:
     return " × ".join(f"mesh.{name}" for name in axes), " × ".join(map(str, axes.values()))
 
 
-def moe_layer_numbers(moe_layers: str, num_layers: int) -> tuple[int, ...]:
-    """The numbers of the MoE layers that `model.moe_layers` names, ascending, from 0.
-
-    Raises:
-      ConfigError: it is none of `all`, `none`, `odd`, `even` and not a list of layer numbers.
-    """
-    every = range(num_layers)
-    words = {"all": every, "none": (), "even": every[::2], "odd": every[1::2]}
-    if moe_layers in words:
-        return tuple(words[moe_layers])
-    allowed = f"must be all, none, odd, even, or a list of layer numbers from 0 to {num_layers - 1}"
-    try:
-        numbers = [int(number) for number in moe_layers.split(",")]
-    except ValueError:
-        raise ConfigError("model.moe_layers", shown(moe_layers), allowed) from None
-    if outside := [number for number in numbers if number not in every]:
-        raise ConfigError("model.moe_layers", moe_layers, f"{allowed}; there is no layer {outside[0]}")
-    if len(set(numbers)) < len(numbers):
-        raise ConfigError("model.moe_layers", moe_layers, f"{allowed}, each once")
-    return tuple(sorted(numbers))
-
-
-def routers_of_layers(model: ModelConfig) -> dict[int, str]:
-    """The router of each layer that `model.moe.layer_routers` names.
-
-    Raises:
-      ConfigError: no list of MoE layers and routers.
-    """
-    from moejax.routing import ROUTERS
-
-    field, text = "model.moe.layer_routers", model.moe.layer_routers
-    layers = moe_layer_numbers(model.moe_layers, model.num_layers)
-    routers: dict[int, str] = {}
-    for part in text.split(",") if text is not None else ():
-        layer, _, router = (word.strip() for word in part.partition(":"))
-        if not (layer.isdecimal() and int(layer) in layers):
-            rule = f"must be a list such as 0:hash,3:switch, of the MoE layers {', '.join(map(str, layers))}"
-            raise ConfigError(field, shown(text), rule)
-        if int(layer) in routers:
-            raise ConfigError(field, shown(text), f"must name layer {layer} once")
-        if router not in ROUTERS:
-            known = f"of {', '.join(ROUTERS)}{nearest(router, ROUTERS)}"
-            raise ConfigError(field, shown(text), f"must name routers {known}")
-        routers[int(layer)] = router
-    return routers
-
-
 def _check_ranges(config: TrainConfig) -> None:
     for name, value in flatten(config).items():
         if name in RANGES and value is not None:
@@ -256,24 +218,35 @@ def _check_moe(config: TrainConfig) -> None:
         value = get(config, name)
         if value not in known:
             raise ConfigError(name, shown(value), f"must be one of {', '.join(known)}{nearest(value, known)}")
-    is_dense = not moe_layer_numbers(config.model.moe_layers, config.model.num_layers)
-    if is_dense and moe.top_k is None:
+    layers = moe_layers_of(config.model)
+    if not layers and moe.top_k is None:
         return
-    routers = dict.fromkeys((moe.router, *routers_of_layers(config.model).values()))
+    routers = dict.fromkeys((moe.router, *(layer.router for layer in layers.values())))
     _check_options(config, routers)
-    for router in routers:
-        _check_router(config, router)
-    if is_dense:
-        return
-    if moe.shadow > moe.num_experts:
-        rule = f"must be between 0 and model.moe.num_experts ({moe.num_experts})"
-        raise ConfigError("model.moe.shadow", moe.shadow, rule)
-    nodes, per_node = config.mesh.expert_node, config.mesh.expert
-    if moe.num_experts % (nodes * per_node):
+    for layer in dict.fromkeys((MoELayer(moe.router, moe.num_experts), *layers.values())):
+        _check_router(config, layer)
+    for count in sorted({layer.num_experts for layer in layers.values()}):
+        _check_number_of_experts(config, count)
+
+
+def _check_number_of_experts(config: TrainConfig, count: int) -> None:
+    moe, nodes, per_node = config.model.moe, config.mesh.expert_node, config.mesh.expert
+    field, value = _field_of_experts(config, count)
+    if moe.shadow > count:
+        raise ConfigError("model.moe.shadow", moe.shadow, f"must be between 0 and {field} ({value})")
+    if count % (nodes * per_node):
         split = f"mesh.expert ({per_node})"
         if nodes > 1:
             split = f"mesh.expert_node × mesh.expert ({nodes} × {per_node} = {nodes * per_node})"
-        raise ConfigError("model.moe.num_experts", moe.num_experts, f"must be divisible by {split}")
+        raise ConfigError(field, value, f"must be divisible by {split}")
+
+
+def _field_of_experts(config: TrainConfig, count: int) -> tuple[str, object]:
+    """Name and value of the field that says that a layer has this many experts."""
+    moe = config.model.moe
+    if count == moe.num_experts:
+        return "model.moe.num_experts", count
+    return "model.moe.layer_experts", shown(moe.layer_experts)
 
 
 def _check_widths(config: TrainConfig, mesh: MeshConfig) -> None:
@@ -291,15 +264,6 @@ def _check_widths(config: TrainConfig, mesh: MeshConfig) -> None:
             raise ConfigError(name, width, f"must be divisible by mesh.tensor ({mesh.tensor})")
 
 
-def hidden_widths(model: ModelConfig) -> tuple[int, int]:
-    """Hidden width of a dense FFN and of an expert, where unset in multiples of 8."""
-    from moejax.routing import ROUTERS
-
-    top_k = model.moe.top_k or ROUTERS[model.moe.router].default_top_k
-    dense = model.d_hidden or math.ceil(8 * model.d_model / 3 / 8) * 8
-    return dense, model.moe.d_hidden or math.ceil(dense / top_k / 8) * 8
-
-
 def _options(config: TrainConfig) -> dict[str, object]:
     """The options that are set, but for the losses, which every router can have."""
     routing = config.model.moe.routing
@@ -309,7 +273,7 @@ def _options(config: TrainConfig) -> dict[str, object]:
 
 def _check_options(config: TrainConfig, routers: Iterable[str]) -> None:
     """Every option is one of some router that the model has."""
-    from moejax.routing import router_options
+    from moejax.routing import is_linear, router_options
 
     group = "model.moe.routing."
     known = list(dict.fromkeys(option for router in routers for option in router_options(router)))
@@ -321,9 +285,13 @@ def _check_options(config: TrainConfig, routers: Iterable[str]) -> None:
     if load_weight and "noisy" not in routers:
         rule = f"must be 0 or unset: only router noisy knows the chances of its choices, not {', '.join(routers)}"
         raise ConfigError(group + "load_weight", load_weight, rule)
+    orthogonality_weight = config.model.moe.routing.orthogonality_weight
+    if orthogonality_weight and not any(map(is_linear, routers)):
+        rule = f"must be 0 or unset: it is for routers with a linear layer, not {', '.join(routers)}"
+        raise ConfigError(group + "orthogonality_weight", orthogonality_weight, rule)
 
 
-def _check_router(config: TrainConfig, router: str) -> None:
+def _check_router(config: TrainConfig, layer: MoELayer) -> None:
     """The router itself says what it takes: it is traced with the options that are set."""
     from flax import nnx
 
@@ -331,18 +299,20 @@ def _check_router(config: TrainConfig, router: str) -> None:
 
     moe = config.model.moe
     group = "model.moe.routing."
+    router, num_experts = layer.router, layer.num_experts
+    field_of_experts, _ = _field_of_experts(config, num_experts)
     known = router_options(router)
     options = {name: value for name, value in _options(config).items() if name in known}
     own_top_k = ROUTERS[router].default_top_k
-    if moe.top_k is None and own_top_k > moe.num_experts:
-        rule = f"must be between 1 and model.moe.num_experts ({moe.num_experts})"
+    if moe.top_k is None and own_top_k > num_experts:
+        rule = f"must be between 1 and {field_of_experts} ({num_experts})"
         raise ConfigError("model.moe.top_k", f"unset ({own_top_k} for router {router})", rule)
     try:
         nnx.eval_shape(
             lambda: make_router(
                 router,
                 config.model.d_model,
-                moe.num_experts,
+                num_experts,
                 top_k=moe.top_k,
                 rngs=nnx.Rngs(0),
                 **options,
@@ -350,7 +320,8 @@ def _check_router(config: TrainConfig, router: str) -> None:
         )
     except BadOption as error:
         field = "model.moe.top_k" if error.argument == "top_k" else group + error.argument
-        rule = re.sub(r"\b(num_experts|top_k)\b", r"model.moe.\1", error.rule)
+        rule = re.sub(r"\btop_k\b", "model.moe.top_k", error.rule)
+        rule = re.sub(r"\bnum_experts\b", field_of_experts, rule)
         raise ConfigError(field, error.value, rule) from error
     tokens = config.data.batch_size // config.optimizer.accumulation_steps * config.data.sequence_length
     if moe.routing.groups is not None and tokens % moe.routing.groups:
@@ -360,7 +331,7 @@ def _check_router(config: TrainConfig, router: str) -> None:
 
 def _check_sizes(config: TrainConfig) -> None:
     """Arrays are indexed with 32 bits: what is larger could not be addressed on a device."""
-    model, moe, data = config.model, config.model.moe, config.data
+    model, data = config.model, config.data
     if data.batch_size * data.sequence_length > _MAX_ELEMENTS:
         rule = f"times data.sequence_length ({data.sequence_length}) must be at most {_MAX_ELEMENTS}"
         raise ConfigError("data.batch_size", data.batch_size, rule)
@@ -369,9 +340,11 @@ def _check_sizes(config: TrainConfig) -> None:
     if model.d_model * hidden * columns > _MAX_ELEMENTS:
         rule = f"times model.d_model ({model.d_model}) and {columns} must be at most {_MAX_ELEMENTS}"
         raise ConfigError("model.d_hidden", hidden, rule)
-    if not moe_layer_numbers(model.moe_layers, model.num_layers):
+    layers = moe_layers_of(model)
+    if not layers:
         return
-    experts = moe.num_experts // (config.mesh.expert_node * config.mesh.expert)
+    most = max(layer.num_experts for layer in layers.values())
+    experts = most // (config.mesh.expert_node * config.mesh.expert)
     if experts * model.d_model * d_hidden * columns > _MAX_ELEMENTS:
         factors = f"experts of a device ({experts}), model.d_model ({model.d_model}) and {columns}"
         rule = f"times {factors} must be at most {_MAX_ELEMENTS}; a larger mesh.expert leaves a device fewer experts"

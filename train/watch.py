@@ -6,12 +6,19 @@ Shapes: M MoE layers, E experts.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
+
+from train.metrics import DROP_CAUSES
 
 # Entropy of the load over its largest value: at 0.5, 8 experts share the work as if they were fewer than 3, 64 as if
 # they were 8.
 COLLAPSED = 0.5
+_CURE_OF_DROPS = {
+    "dropped_by_router": "raise model.moe.routing.capacity_factor, or choose a router without a capacity",
+}
+_MORE_ROOM = "raise model.moe.capacity_factor, or let model.moe.overflow be rounds"
 
 
 class ExpertWatch:
@@ -27,13 +34,15 @@ class ExpertWatch:
         self._dead: set[tuple[int, int]] = set()
         self._going_on: set[str] = set()
 
-    def __call__(
-        self, step: int, metrics: Mapping[str, float], layers: Mapping[str, np.ndarray]
-    ) -> Iterator[str]:
+    def __call__(self, step: int, metrics: Mapping[str, float], layers: Mapping[str, Any]) -> Iterator[str]:
         """The warnings of one step, from its scalars and the numbers of each MoE layer."""
         if not layers:
             return
-        dead = {(int(layer), int(expert)) for layer, expert in np.argwhere(layers["dead"])}
+        dead = {
+            (layer, int(expert))
+            for layer, dead_E in enumerate(layers["dead"])
+            for expert in np.flatnonzero(dead_E)
+        }
         if new := sorted(dead - self._dead):
             yield (
                 f"step {step}: no token for {self._dead_after} steps: {_listed(new)}; raise "
@@ -51,9 +60,10 @@ class ExpertWatch:
             )
         dropped = metrics["moe/dropped_fraction"]
         if self._begins("drops", dropped > self._drop_limit):
+            worst = max(DROP_CAUSES, key=lambda cause: metrics.get(f"moe/{cause}", 0.0))
             yield (
-                f"step {step}: {dropped:.1%} of the choices are dropped, more than log.drop_limit; raise the capacity "
-                "factor, or choose a router without a capacity"
+                f"step {step}: {dropped:.1%} of the choices are dropped, more than log.drop_limit, most of them "
+                f"{DROP_CAUSES[worst]}; {_CURE_OF_DROPS.get(worst, _MORE_ROOM)}"
             )
         if self._begins("invalid", metrics["moe/invalid"] > 0):
             count = int(metrics["moe/invalid"])

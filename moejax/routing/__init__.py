@@ -20,6 +20,7 @@ from moejax.routing.gshard import GShard as GShard
 from moejax.routing.noisy import NoisyTopK as NoisyTopK
 from moejax.routing.rounded import RoundedTopK as RoundedTopK
 from moejax.routing.router import BadOption as BadOption
+from moejax.routing.router import LinearRouter as LinearRouter
 from moejax.routing.router import Router as Router
 from moejax.routing.router import RouterState as RouterState
 from moejax.routing.sigmoid import Sigmoid as Sigmoid
@@ -51,6 +52,11 @@ def router_options(name: str) -> tuple[str, ...]:
     """Names of the options that the named router has, beyond `top_k`."""
     parameters = inspect.signature(ROUTERS[name].__init__).parameters
     return tuple(p for p in parameters if p not in ("self", "d_model", "num_experts", "top_k", "rngs"))
+
+
+def is_linear(name: str) -> bool:
+    """Whether the named router has a linear layer, whose matrix the orthogonality loss is of."""
+    return issubclass(ROUTERS[name], LinearRouter)
 
 
 def make_router(

@@ -15,7 +15,7 @@ from moejax.routing.capacity import ceil_share
 from moejax.routing.decision import Routing, keep_decision, pick, valid_tokens
 from moejax.routing.groups import by_group
 from moejax.routing.router import BadOption, LinearRouter
-from moejax.routing.take import choices_of_takes, rank_of_tokens
+from moejax.routing.take import best_of_columns, choices_of_takes
 
 
 class ExpertChoice(LinearRouter):
@@ -27,7 +27,8 @@ class ExpertChoice(LinearRouter):
     Args:
       top_k: experts per token on average.
       max_experts: most experts of one token; those it scores lower lose it, which counts as dropped. None: 4 * top_k.
-      capacity_factor, groups: see `Capacity`.
+      capacity_factor: in training; `eval_capacity_factor`: in evaluation, None: the same.
+      groups: see `Capacity`.
       router_bias: add a learned bias to the logits.
     """
 
@@ -41,6 +42,7 @@ class ExpertChoice(LinearRouter):
         top_k: int | None = None,
         max_experts: int | None = None,
         capacity_factor: float = 1.0,
+        eval_capacity_factor: float | None = None,
         groups: int = 1,
         router_bias: bool = False,
         rngs: nnx.Rngs,
@@ -50,24 +52,27 @@ class ExpertChoice(LinearRouter):
         if not 1 <= self.max_experts <= num_experts:
             rule = f"must be between 1 and num_experts ({num_experts})"
             raise BadOption("max_experts", max_experts, rule)
-        if not capacity_factor > 0:
-            raise BadOption("capacity_factor", capacity_factor, "must be above 0")
+        eval_factor = capacity_factor if eval_capacity_factor is None else eval_capacity_factor
+        for name, factor in (("capacity_factor", capacity_factor), ("eval_capacity_factor", eval_factor)):
+            if not factor > 0:
+                raise BadOption(name, factor, "must be above 0")
         if groups < 1:
             raise BadOption("groups", groups, "must be at least 1")
-        self.capacity_factor, self.groups = capacity_factor, groups
+        self.capacity_factor, self.eval_factor, self.groups = capacity_factor, eval_factor, groups
 
     def __call__(self, x_TD, *, token_mask_T=None, token_ids_T=None, key=None) -> Routing:
         """As `Router`; nothing is drawn."""
         logits_TE = self.logits(x_TD)
         valid_T = valid_tokens(x_TD, token_mask_T)
         scores_TE = jax.nn.softmax(logits_TE, axis=-1)
-        share = self.capacity_factor * self.top_k / self.num_experts
+        factor = self.eval_factor if key is None else self.capacity_factor
+        share = factor * self.top_k / self.num_experts
 
         def decide(scores_TE, valid_T):
             tokens = jnp.sum(valid_T)
             limit = jnp.clip(ceil_share(share, tokens), 1, tokens)
-            rank_TE = rank_of_tokens(jnp.where(valid_T[:, None], -scores_TE, jnp.inf))
-            takes_TE = (rank_TE < limit) & valid_T[:, None]
+            limit_E = jnp.full(scores_TE.shape[1:], limit, jnp.int32)
+            takes_TE = best_of_columns(scores_TE, jnp.zeros_like(scores_TE, bool), valid_T, limit_E)
             return choices_of_takes(takes_TE, scores_TE, self.max_experts)
 
         ids_TK, dropped_T = by_group(decide, self.groups, scores_TE, valid_T, training=key is not None)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moejax.routing.decision import Routing, only_valid, softmax_top_k, valid_tokens
+from moejax.routing.decision import Routing, combine_weights, only_valid, pick, top_k_ids, valid_tokens
 from moejax.routing.groups import draw
 from moejax.routing.router import LinearRouter
 
@@ -63,27 +63,36 @@ class NoisyTopK(LinearRouter):
         """As `Router`."""
         logits_TE = self.logits(x_TD)
         valid_T = valid_tokens(x_TD, token_mask_T)
-        noisy_TE, chance_TE = logits_TE, None
+        noisy_TE, spread_TE, chance_TE = logits_TE, None, None
         if key is not None:
             spread_TE = jax.nn.softplus(jnp.dot(x_TD.astype(jnp.float32), self.w_noise_DE[...]))
             normal_TE = draw(jax.random.normal, key, x_TD.shape[0], (self.num_experts,))
             noisy_TE = logits_TE + normal_TE * spread_TE
-            chance_TE = chance_of_choice(logits_TE, noisy_TE, spread_TE, self.top_k)
-        ids_TK, weights_TK, _ = softmax_top_k(noisy_TE, self.top_k, normalize=self.normalize)
+        best_TN = top_k_ids(noisy_TE, min(self.top_k + 1, self.num_experts))  # the runner-up for the chances
+        if spread_TE is not None:
+            chance_TE = chance_of_choice(logits_TE, noisy_TE, spread_TE, best_TN, self.top_k)
+        ids_TK = best_TN[:, : self.top_k]
+        noisy_scores_TE = jax.nn.softmax(noisy_TE, axis=-1)
+        weights_TK = combine_weights(noisy_TE, noisy_scores_TE, ids_TK, self.normalize)
         scores_TE = jax.nn.softmax(logits_TE, axis=-1)
         ids_TK = only_valid(ids_TK, valid_T)
         return Routing(ids_TK, weights_TK, logits_TE, scores_TE, valid_T, chance_TE=chance_TE)
 
 
 def chance_of_choice(
-    logits_TE: jax.Array, noisy_TE: jax.Array, spread_TE: jax.Array, top_k: int
+    logits_TE: jax.Array, noisy_TE: jax.Array, spread_TE: jax.Array, best_TN: jax.Array, top_k: int
 ) -> jax.Array:
-    """P(x, e): chance that e is among the K largest if only its own noise is drawn again (Shazeer et al., eq. 8-9)."""
+    """P(x, e): chance that e is among the K largest if only its own noise is drawn again (Shazeer et al., eq. 8-9).
+
+    Args:
+      best_TN: experts of the K + 1 largest of noisy_TE, from `top_k_ids`.
+    """
     num_experts = logits_TE.shape[1]
     if top_k == num_experts:
         return jnp.ones_like(logits_TE)
-    largest = jax.lax.top_k(noisy_TE, top_k + 1)[0]
-    kth_T1, next_T1 = largest[:, top_k - 1 : top_k], largest[:, top_k:]
+    # Picked by comparison, for the gradient of what `top_k` gives would be a scatter, slow on CPUs.
+    pair_T2 = best_TN[:, top_k - 1 : top_k + 1]
+    kth_T1, next_T1 = jnp.split(jnp.where(pair_T2 >= 0, pick(noisy_TE, pair_T2), -jnp.inf), 2, axis=1)
     # An expert competes with the K-th largest of the others.
     rival_TE = jnp.where(noisy_TE > next_T1, next_T1, kth_T1)
     # Where softplus has underflowed, the chance is 0 or 1 and has no slope.

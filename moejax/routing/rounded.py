@@ -19,7 +19,7 @@ from moejax.routing.decision import (
 )
 from moejax.routing.groups import by_group
 from moejax.routing.router import BadOption, LinearRouter
-from moejax.routing.take import choices_of_takes, rank_of_tokens
+from moejax.routing.take import best_of_columns, choices_of_takes
 
 ROUNDINGS = ("nearest", "up", "down")
 
@@ -79,9 +79,8 @@ class RoundedTopK(LinearRouter):
         def decide(wanted_TK, scores_TE, valid_T):
             experts_E = jnp.arange(self.num_experts)
             wanted_TE = jnp.any(wanted_TK[:, :, None] == experts_E[None, None, :], axis=1)
-            target_E = self._round(jnp.sum(wanted_TE, axis=0))
-            rank_TE = rank_of_tokens(~wanted_TE, jnp.where(valid_T[:, None], -scores_TE, jnp.inf))
-            takes_TE = (rank_TE < target_E[None, :]) & valid_T[:, None]
+            target_E = self._round(jnp.sum(wanted_TE, axis=0, dtype=jnp.int32))
+            takes_TE = best_of_columns(scores_TE, wanted_TE, valid_T, target_E)
             ids_TK, lost_T = choices_of_takes(takes_TE, scores_TE, self.max_experts)
             return ids_TK, lost_T + jnp.sum(wanted_TE & ~takes_TE, axis=1, dtype=jnp.int32)
 

@@ -92,6 +92,7 @@ class Layer:
             )
             account = account._replace(
                 over_capacity=account.over_capacity[None],
+                at_sender=vary_like(account.at_sender, x)[None],
                 rounds=vary_like(account.rounds, x)[None],
                 fill_V=vary_like(account.fill_V, x)[None],
             )

@@ -86,6 +86,10 @@ def check_under_all_loads(*, layout, top_k, num_experts, dtype=np.float32, tol=t
         admitted = ids if options["overflow"] == "rounds" else within_capacity(ids, num_experts, 1.25)
         assert np.sum(account.over_capacity) == np.sum(admitted != ids), load.__name__
         assert not np.any(served & (admitted < 0)), "a choice beyond capacity was served"
+        at_sender = int(np.sum(account.at_sender))
+        assert 0 <= at_sender <= np.sum((admitted >= 0) & ~served), load.__name__
+        if options["overflow"] == "rounds" or options["exchange"] != "all_to_all":
+            assert at_sender == 0, "further rounds carry it out, and the others send all they have"
         rounds[load.__name__] = int(np.max(account.rounds))
         dropped[load.__name__] = int(np.sum((ids >= 0) & ~served))
         if options["overflow"] == "rounds":
@@ -157,6 +161,19 @@ def test_data_groups_of_unequal_load_do_not_wait_for_each_other(varying):
         for _ in range(20):
             again, _ = layer(ids, *operands)
             jax.tree.map(np.testing.assert_array_equal, again, actual)
+
+
+def test_what_a_full_bucket_drops_is_counted_at_the_sender():
+    num_tokens, num_experts = 2 * TOKENS_PER_DEVICE, 4
+    # Device 0 wants only the experts of device 1, just as many as they may take; half of it fits the bucket.
+    ids = (2 + np.arange(num_tokens) % 2)[:, None].astype(np.int32)
+    ids[TOKENS_PER_DEVICE:] = -1
+    for exchange, expected in (("all_to_all", TOKENS_PER_DEVICE // 2), ("ragged", 0), ("all_gather", 0)):
+        options = dict(overflow="drop", capacity_factor=1.0, exchange=exchange)
+        layer = Layer(make_mesh(1, 1, 2), num_experts, **options)
+        _, account = layer(ids, *draw(num_tokens, 1, num_experts))
+        assert np.sum(account.at_sender) == expected, exchange
+        assert np.sum((ids >= 0) & ~account.served_TK) == expected and not np.any(account.over_capacity)
 
 
 @pytest.mark.parametrize("tokens_per_device", [0, 1])

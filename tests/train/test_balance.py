@@ -6,10 +6,9 @@ import io
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from matplotlib import image
 
-from moejax.routing import ROUTERS, make_router, router_options
+from moejax.routing import ROUTERS, router_options
 from tests import tolerance
 from tests.train import small
 from train.config import LogConfig, MoEConfig, OptimizerConfig, RoutingConfig, TrainConfig
@@ -100,25 +99,6 @@ def test_every_router_trains_alike_on_devices(router, routing):
     np.testing.assert_array_equal(*loads)
 
 
-def test_single_layers_have_routers_of_their_own():
-    run = run_with("sigmoid", hash_seed=3, bias_rate=0.01)
-    moe = dataclasses.replace(run.model.moe, layer_routers="0:hash")
-    run = dataclasses.replace(run, model=dataclasses.replace(run.model, moe=moe))
-    validate(run, 1)
-    trainer, batch = small.Steps(run), small.random_batch(run, 0)
-    load = np.asarray(trainer.take(batch)["moe/layers/load"])
-    hashed, sigmoid = (trainer.state.params["blocks"][layer]["ffn"] for layer in (0, 1))
-    assert "router" not in hashed, "it learns nothing"
-    bias = np.asarray(sigmoid["router"]["selection_bias_E"])
-    assert np.abs(bias).max() == np.float32(0.01)
-    router = make_router("hash", 16, 8, hash_seed=3, rngs=nnx.Rngs(0))
-    tokens = batch["tokens"].reshape(-1)
-    routing = router(np.zeros((len(tokens), 16), np.float32), token_ids_T=tokens)
-    ids = np.asarray(routing.ids_TK)[batch["segments"].reshape(-1) > 0]
-    np.testing.assert_array_equal(load[0], [np.sum(ids == e) for e in range(8)])
-    assert not np.array_equal(load[0], load[1])
-
-
 def test_an_expert_is_dead_after_so_many_steps_without_a_token():
     run = run_with("one", expert=3)
     trainer = small.Steps(run)
@@ -161,6 +141,10 @@ def test_every_option_of_the_config_is_one_of_a_router():
             "model.moe.routing.load_weight = 0.1: must be 0 or unset: only router noisy",
         ),
         (
+            {"router": "cosine", "routing.orthogonality_weight": "0.1"},
+            "model.moe.routing.orthogonality_weight = 0.1: must be 0 or unset: .* not cosine",
+        ),
+        (
             {"layer_routers": "0:hash,9:hash"},
             "model.moe.layer_routers = 0:hash,9:hash: must be a list such as 0:hash,3:switch, of .* 0, 1, 2, 3",
         ),
@@ -169,6 +153,19 @@ def test_every_option_of_the_config_is_one_of_a_router():
             "model.moe.layer_routers = 0:hush: must name routers of topk, .*; the nearest is hash",
         ),
         ({"layer_routers": "0:hash,0:one"}, "model.moe.layer_routers = 0:hash,0:one: must name layer 0 once"),
+        (
+            {"layer_experts": "0:4,2:0"},
+            "model.moe.layer_experts = 0:4,2:0: must give numbers of experts between",
+        ),
+        ({"layer_experts": "7:4"}, "model.moe.layer_experts = 7:4: must be a list such as 0:4,3:16, of .*"),
+        (
+            {"layer_experts": "0:4", "top_k": "6"},
+            r"model.moe.top_k = 6: must be between 1 and model.moe.layer_experts \(4\)",
+        ),
+        (
+            {"layer_experts": "0:4", "shadow": "6"},
+            r"model.moe.shadow = 6: must be between 0 and model.moe.layer_experts \(0:4\)",
+        ),
         (
             {"layer_routers": "0:hash", "routing.jitter": "0.1"},
             "model.moe.routing.jitter = 0.1: router topk, hash has no such option; its options: ",
@@ -221,7 +218,8 @@ class TestExpertWatch:
         (another,) = self.look(watch, 3, self.EVEN, dead=((1, 1, 0, 0), (0, 0, 0, 1)))
         assert "expert 0 of MoE layer 0;" in another and "expert 1" not in another
         drops, invalid = self.look(watch, 4, self.EVEN, dropped=0.25, invalid=3)
-        assert "25.0% of the choices are dropped" in drops and "3 expert ids that do not exist" in invalid
+        assert "25.0% of the choices are dropped" in drops and "most of them by the router; raise" in drops
+        assert "3 expert ids that do not exist" in invalid
 
 
 def test_numbers_of_layers_are_lists_in_the_metrics(tmp_path):

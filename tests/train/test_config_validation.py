@@ -4,7 +4,8 @@ from train.config import MeshConfig, TrainConfig
 from train.config_io import find_config
 from train.errors import ConfigError
 from train.fields import leaf_types, override
-from train.validation import RANGES, moe_layer_numbers, resolve_mesh, validate
+from train.layers import moe_layer_numbers
+from train.validation import RANGES, resolve_mesh, validate
 
 
 def test_every_number_of_the_config_has_a_range():

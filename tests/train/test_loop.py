@@ -428,7 +428,7 @@ def test_evaluation_holds_few_batches_at_once(monkeypatch):
         most.append(len(dispatched) - len(fetched))
         return {"loss": float(batch), "tokens": 2}
 
-    found = evaluate(eval_step, None, iter(range(2 * IN_FLIGHT + 3)), None)
+    found = evaluate(eval_step, None, iter(range(2 * IN_FLIGHT + 3)), None, experts_of_layers=())
     assert max(most) == IN_FLIGHT
     assert found.tokens() == 70 and found.loss() == sum(range(35)) / 70
     assert found.tokens(2) == 4 and found.loss(2) == 1 / 4

@@ -19,7 +19,7 @@ from train.errors import ConfigError
 from train.lock import lock_run
 from train.metrics import Metrics, read
 from train.monitor import Monitor
-from train.terminal import Pace, PlainTerminal, duration
+from train.terminal import LiveTerminal, Pace, PlainTerminal, duration, summary
 
 
 def make_monitor(run_dir, stream, *, start_step=0, tensorboard=False, total_steps=30):
@@ -218,6 +218,19 @@ class TestTerminal:
         assert shown == [1, 11, 21, 31, 41, 51, 61, 71, 81, 91, 100]
         assert "step 51/100  loss 1.0000  ETA 0:24" in screen.text
 
+    def test_plain_lines_tell_how_far_an_evaluation_is(self):
+        now, screen = [0.0], Screen()
+        terminal = PlainTerminal(screen, 100, clock=lambda: now[0])
+        for done in range(16, 97, 16):
+            terminal.evaluating(done, 100)
+            now[0] += 2.0
+        assert screen.text.splitlines() == [f"evaluating  {done}/100 batches" for done in (16, 64)]
+
+    def test_drops_are_shown_with_their_main_cause(self):
+        drops = {"moe/dropped_fraction": 0.25, "moe/dropped_by_router": 0.05, "moe/dropped_at_sender": 0.2}
+        assert summary(drops) == "dropped 25.0% (sender)"
+        assert summary({"moe/dropped_fraction": 0.0}) == ""
+
     def test_pace_leaves_the_compilation_out(self):
         now = [0.0]
         pace = Pace(30, clock=lambda: now[0])
@@ -237,6 +250,7 @@ class TestTerminal:
             with make_monitor(tmp_path, stream) as monitor:
                 logging.getLogger("moejax").info("[bold]hello[/bold]")
                 monitor.train(10, {"loss": 2.5, "moe/max_vio": 0.25})
+                monitor.evaluating(16, 624)
                 monitor.evaluation(10, 2.25)
                 monitor.train(20, {"loss": 2.0, "moe/max_vio": 0.5})
             shown = ""
@@ -247,9 +261,15 @@ class TestTerminal:
         plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
         assert plain != shown
         assert "[bold]hello[/bold]" in plain
+        assert "0/30 compiling" in plain and "evaluating 16/624" in plain
         last = plain.splitlines()[-1]
         for part in ("20/30", "loss 2.0000", "balance 0.50", "eval 2.2500", "tokens/s", "ETA 0:0"):
             assert part in last, (part, last)
+
+    def test_a_finished_run_compiles_nothing(self):
+        screen = Screen()
+        LiveTerminal(screen, 30, 30).close()
+        assert "30/30 finished" in screen.text and "compiling" not in screen.text
 
 
 class TestLock:

@@ -66,7 +66,7 @@ def batches_of(count):
 def test_an_evaluation_adds_up_its_batches_but_watches_the_first_one(monkeypatch):
     monkeypatch.setattr("train.evaluate.device_batch", lambda batch, mesh: batch)
     batches = batches_of(OBSERVED + 3)
-    found = evaluate(lambda _, batch: dict(batch), None, batches, None)
+    found = evaluate(lambda _, batch: dict(batch), None, batches, None, experts_of_layers=(3, 3))
     assert found.loss() == 2 and found.tokens() == 4 * (OBSERVED + 3)
     np.testing.assert_array_equal(found.experts.load_ME, np.sum([b["load"] for b in batches], axis=0))
     pairs = np.sum([b["together"] for b in batches[:OBSERVED]], axis=0)
@@ -93,7 +93,7 @@ def test_numbers_of_an_evaluation():
     # Of the five that were not carried out, the router has dropped three; the load counts the other two.
     load, dropped, by_router = np.array([[6, 2, 4], [4, 4, 4]]), np.array([3, 2]), np.array([3, 0])
     first = np.array([[0, 1], [2, 2]])
-    view = ExpertView(load, dropped, by_router, first, np.zeros((2, 3, 3)), 0)
+    view = ExpertView(load, dropped, by_router, first, np.zeros((2, 3, 3)), 0, (3, 3))
     never = view.metrics(np.full((2, 2), NEVER))
     assert never["moe/max_vio"] == 0.5 and never["moe/dropped_fraction"] == 5 / 27
     assert "moe/changed" not in never, "there is nothing to compare with"

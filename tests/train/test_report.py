@@ -113,8 +113,8 @@ def test_runs_side_by_side(tmp_path):
 
 def test_load_is_a_multiple_of_the_even_share(tmp_path):
     steps, load = read_run(write_run(tmp_path / "run")).load()
-    assert steps.tolist() == [1, 3, 5] and load.shape == (3, 2, 4)
-    np.testing.assert_allclose(load.mean(axis=2), 1)
+    assert steps.tolist() == [1, 3, 5] and [layer.shape for layer in load] == [(3, 4)] * 2
+    np.testing.assert_allclose(np.mean(load, axis=2), 1)
 
 
 def test_bad_runs_are_named(tmp_path, capsys):
@@ -157,8 +157,12 @@ def test_blanks_and_control_characters_are_shown():
 @pytest.mark.slow
 def test_report_of_a_trained_run(tmp_path, capsys):
     run = small.config(steps=4)
+    moe = dataclasses.replace(run.model.moe, layer_experts="0:4", layer_routers="1:switch")
     run = dataclasses.replace(
-        run, data=dataclasses.replace(run.data, path=str(small.write_text(tmp_path / "text")))
+        run,
+        data=dataclasses.replace(run.data, path=str(small.write_text(tmp_path / "text"))),
+        model=dataclasses.replace(run.model, moe=moe),
+        log=dataclasses.replace(run.log, tensorboard=True),
     )
     config = small.write_config(tmp_path / "small.py", run)
     assert cli.main(["train", str(config), "--workdir", str(tmp_path / "run")]) == 0
@@ -169,6 +173,10 @@ def test_report_of_a_trained_run(tmp_path, capsys):
     page = Page(path.read_text(encoding="utf-8"))
     assert "run-pairs" in page.pictures and "MoE layer" in page.cells
     table = page.cells[page.cells.index("MoE layer") + 4 :]
-    assert len(table) == 4 * 2 * 8 and any("%" in cell for cell in table[3::4])
-    shares = np.array([float(cell.rstrip("%")) for cell in table[2::4]]).reshape(2, 8)
-    np.testing.assert_allclose(shares.sum(axis=1), 100, atol=0.5)
+    assert len(table) == 4 * (4 + 8) and any("%" in cell for cell in table[3::4])
+    shares = np.array([float(cell.rstrip("%")) for cell in table[2::4]])
+    np.testing.assert_allclose([shares[:4].sum(), shares[4:].sum()], 100, atol=0.5)
+    lines = small.read_metrics(tmp_path / "run")
+    for name in ("moe/layers/load", "moe/layers/dead", "eval/moe/layers/load"):
+        rows = [line[name] for line in lines if name in line]
+        assert rows and all([len(row_E) for row_E in row] == [4, 8] for row in rows), name

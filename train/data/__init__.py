@@ -1,6 +1,6 @@
 """From files to batches: sources, tokenizers, packing and the resumable order of training windows."""
 
-from train.data.batches import TrainingBatches, validation_batches
+from train.data.batches import TrainingBatches, num_validation_batches, validation_batches
 from train.data.corpus import Corpus, load_corpus
 from train.data.packing import TokenStream
 from train.data.tokenizer import StreamDecoder, Tokenizer
@@ -15,5 +15,6 @@ __all__ = [
     "build_tokenizer",
     "load_corpus",
     "load_tokenizer",
+    "num_validation_batches",
     "validation_batches",
 ]

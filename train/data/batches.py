@@ -149,10 +149,17 @@ def validation_batches(
     require_length(stream, sequence_length, "validation")
     if batch_size < 1:
         raise ConfigError("data.batch_size", batch_size, "must be at least 1")
-    batches = -(-num_windows(stream, sequence_length) // batch_size)
-    numbers = range(batches if max_batches is None else min(batches, max_batches))
+    numbers = range(num_validation_batches(corpus, batch_size, sequence_length, max_batches))
     rows_B = np.arange(batch_size)[rows or slice(None)]
     return (_validation_batch(stream, number * batch_size + rows_B, sequence_length) for number in numbers)
+
+
+def num_validation_batches(
+    corpus: Corpus, batch_size: int, sequence_length: int, max_batches: int | None = None
+) -> int:
+    """How many `validation_batches` gives."""
+    batches = -(-num_windows(corpus.validation, sequence_length) // batch_size)
+    return batches if max_batches is None else min(batches, max_batches)
 
 
 def _validation_batch(stream: TokenStream, window_B: np.ndarray, sequence_length: int) -> Batch:

@@ -8,14 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from train.metrics import LAYERS
+from train.metrics import DROP_CAUSES, LAYERS
 from train.report.runs import Run
 
 # Inches of a picture that stands beside another; a wider one has a line of the page to itself.
 WIDTH = 6.2
+# What is shown is how much more it is than this.
+_LEAST = {"moe/rounds": 1}
 # A load of twice the even share or more has the last colour.
 _FULL = 2.0
 _CURVES = {
@@ -32,7 +36,9 @@ _CURVES = {
     ),
     "moe/router_entropy": ("Router entropy, mean of the layers", "nats"),
     "moe/dropped_fraction": ("Dropped choices", "share of all choices"),
-    "moe/rounds": ("Rounds of the exchange, most of any layer", "rounds"),
+    **{f"moe/{name}": (f"Dropped {cause}", "share of all choices") for name, cause in DROP_CAUSES.items()},
+    "moe/padding": ("Padding: rows of the buffers that hold none", "share of all rows"),
+    "moe/rounds": ("Further rounds of the exchange, most of any layer", "rounds beyond the first"),
     "moe/dead_experts": ("Dead experts", "experts without a token for long"),
 }
 
@@ -54,7 +60,8 @@ def curves(runs: Sequence[Run]) -> tuple[dict[str, Figure], list[str]]:
     figures, always_zero = {}, []
     for field, (title, unit) in _CURVES.items():
         drawn = [(number, run, *run.series(field)) for number, run in enumerate(runs)]
-        drawn = [(number, run, steps, values) for number, run, steps, values in drawn if len(steps)]
+        least = _LEAST.get(field, 0)
+        drawn = [(number, run, steps, values - least) for number, run, steps, values in drawn if len(steps)]
         if not drawn:
             continue
         if not any(values.any() for *_, values in drawn):
@@ -73,14 +80,12 @@ def curves(runs: Sequence[Run]) -> tuple[dict[str, Figure], list[str]]:
 
 def load_over_time(run: Run) -> Figure | None:
     """For each MoE layer: experts against steps, the colour their load; None where it was not logged."""
-    steps_N, load_NME = run.load()
-    if not len(steps_N):
+    steps_N, loads = run.load()
+    if not loads:
         return None
-    num_layers, num_experts = load_NME.shape[1:]
+    num_layers, most = len(loads), max(load_NE.shape[1] for load_NE in loads)
     rows = -(-num_layers // 2)
-    figure = Figure(
-        figsize=(2 * WIDTH, 0.7 + rows * (1.1 + min(num_experts, 64) * 0.06)), layout="constrained"
-    )
+    figure = Figure(figsize=(2 * WIDTH, 0.7 + rows * (1.1 + min(most, 64) * 0.06)), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(rows, min(2, num_layers), squeeze=False).ravel()
     # The numbers of a step hold until the next logged one.
@@ -89,13 +94,14 @@ def load_over_time(run: Run) -> Figure | None:
         if layer >= num_layers:
             axes.axis("off")
             continue
-        image = axes.pcolormesh(
-            edges, np.arange(num_experts + 1) - 0.5, load_NME[:, layer].T, cmap="viridis", vmin=0, vmax=_FULL
-        )
+        experts = np.arange(loads[layer].shape[1] + 1) - 0.5
+        image = axes.pcolormesh(edges, experts, loads[layer].T, cmap="RdBu_r", vmin=0, vmax=_FULL)
         axes.set_title(f"MoE layer {layer}", fontsize=9)
         axes.set_xlabel("step", fontsize=8)
         axes.set_ylabel("expert", fontsize=8)
+        axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.tick_params(labelsize=7)
+    figure.suptitle("Load of the experts", fontsize=10)
     figure.colorbar(image, ax=grid.tolist(), label="load over even share", extend="max", shrink=0.8)
     return figure
 
@@ -107,19 +113,18 @@ def by_layer(run: Run, field: str, title: str, unit: str) -> Figure | None:
         return None
     figure, axes = _figure(title, unit)
     for layer in range(values_NM.shape[1]):
-        shade = 0.15 + 0.7 * layer / max(values_NM.shape[1] - 1, 1)
-        axes.plot(
-            steps_N, values_NM[:, layer], color=(shade, 0.3, 1 - shade), linewidth=1, label=f"layer {layer}"
-        )
+        # From dark to light; the lightest tenth would be lost on white.
+        shade = colormaps["viridis"](0.9 * layer / max(values_NM.shape[1] - 1, 1))
+        axes.plot(steps_N, values_NM[:, layer], color=shade, linewidth=1.3, label=f"MoE layer {layer}")
     axes.set_ylim(bottom=0)
     if values_NM.shape[1] <= 12:
         axes.legend(fontsize=7, ncols=2)
     return figure
 
 
-def coactivation(pairs_MEE: np.ndarray) -> Figure:
+def coactivation(pairs_of_layers: Sequence[np.ndarray]) -> Figure:
     """How often two experts are chosen by the same token, as a multiple of what independence would give."""
-    num_layers = len(pairs_MEE)
+    num_layers = len(pairs_of_layers)
     columns = min(4, num_layers)
     rows = -(-num_layers // columns)
     figure = Figure(figsize=(2.9 * columns + 1, 2.9 * rows), layout="constrained")
@@ -129,11 +134,15 @@ def coactivation(pairs_MEE: np.ndarray) -> Figure:
         if layer >= num_layers:
             axes.axis("off")
             continue
-        image = axes.imshow(pairs_MEE[layer], cmap="magma", vmin=0, vmax=2.5)
+        image = axes.imshow(pairs_of_layers[layer], cmap="magma", vmin=0, vmax=2.5)
         axes.set_title(f"MoE layer {layer}", fontsize=9)
+        axes.set_xlabel("expert", fontsize=8)
+        axes.set_ylabel("expert", fontsize=8)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(8, integer=True))
         axes.tick_params(labelsize=7)
     figure.suptitle("Experts chosen together", fontsize=10)
-    figure.colorbar(image, ax=grid.tolist(), label="over independent", extend="max", shrink=0.8)
+    figure.colorbar(image, ax=grid.tolist(), label="times what chance would give", extend="max", shrink=0.8)
     return figure
 
 

@@ -24,7 +24,7 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 74em; 
 h1 { font-size: 1.5em; } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #ddd; }
 table { border-collapse: collapse; margin: 1em 0; font-size: 0.9em; }
 th, td { border: 1px solid #ddd; padding: 0.25em 0.6em; text-align: left; vertical-align: top; }
-th { background: #f5f5f5; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
+th { background: #f5f5f5; } td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .pictures { display: flex; flex-wrap: wrap; gap: 0.8em; }
 .pictures img { width: calc(50% - 0.5em); object-fit: contain; align-self: flex-start; }
 .pictures img.wide { width: 100%; }
@@ -117,7 +117,7 @@ def _summary(runs: Sequence[Run]) -> str:
             [
                 run.name,
                 run.config.model.moe.router,
-                f"{run.steps[-1]['step']} of {run.config.steps}",
+                Number(f"{run.steps[-1]['step']} of {run.config.steps}"),
                 _number(run.steps[-1]["loss"]),
                 _number(losses[-1] if len(losses) else None),
                 _number(min(losses) if len(losses) else None),
@@ -151,10 +151,10 @@ def _experts(run: Run, album: Album) -> list[str]:
         f"{prefix}-load": figures.load_over_time(run),
         f"{prefix}-entropy": figures.by_layer(run, "router_entropy", "Router entropy by layer", "nats"),
         f"{prefix}-max-vio": figures.by_layer(
-            run, "max_vio", "MaxVio by layer", "largest over mean, minus 1"
+            run, "max_vio", "MaxVio by layer", "largest load over mean load, minus 1"
         ),
-        f"{prefix}-logits": figures.by_layer(run, "logit_norm", "Router logits, root mean square", "logit"),
-        f"{prefix}-pairs": figures.coactivation(found.pairs_MEE) if found else None,
+        f"{prefix}-logits": figures.by_layer(run, "logit_norm", "Router logits by layer", "root mean square"),
+        f"{prefix}-pairs": figures.coactivation(found.pairs) if found else None,
     }
     body = [f"<h2>Experts of {html.escape(run.name)}</h2>", album.show(pictures)]
     if found is None:
@@ -172,7 +172,7 @@ def _tokens(found: Specialisation) -> str:
     for layer, experts in enumerate(found.preferences):
         for expert, liked in enumerate(experts):
             tokens = [f"<code>{html.escape(visible(one.text))}</code>{one.share:.0%}" for one in liked]
-            load = _number(found.load_ME[layer, expert], ".1%")
+            load = _number(found.loads[layer][expert], ".1%")
             rows.append([str(layer), str(expert), load, Html(" ".join(tokens) or "–")])
     return _table(["MoE layer", "expert", "share", "tokens"], rows)
 

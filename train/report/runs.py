@@ -35,20 +35,23 @@ class Run:
 
     def series(self, field: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps at which a field of the training steps or of the evaluations was logged, and its values."""
+        steps, values = self._lines(field)
+        return steps, np.array(values, float)
+
+    def _lines(self, field: str) -> tuple[np.ndarray, list[Any]]:
         lines = [line for line in (*self.steps, *self.evaluations) if field in line]
-        return np.array([line["step"] for line in lines]), np.array([line[field] for line in lines], float)
+        return np.array([line["step"] for line in lines]), [line[field] for line in lines]
 
     def losses(self) -> tuple[np.ndarray, np.ndarray]:
         """Steps and losses of the evaluations."""
         pairs = [(line["step"], line["eval/loss"]) for line in self.evaluations]
         return np.array([step for step, _ in pairs]), np.array([loss for _, loss in pairs], float)
 
-    def load(self) -> tuple[np.ndarray, np.ndarray]:
-        """Steps [N], and load [N, M, E] as a multiple of the even share; of size 0 where nothing was logged."""
-        steps, load_NME = self.series(metrics.LAYERS + "load")
-        if load_NME.ndim != 3:
-            return steps[:0], np.zeros((0, 0, 0))
-        return steps, load_NME / np.maximum(load_NME.mean(axis=2, keepdims=True), 1e-9)
+    def load(self) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Steps [N], and of each MoE layer its experts' load [N, E] as a multiple of the even share."""
+        steps, lines = self._lines(metrics.LAYERS + "load")
+        loads = [np.array(load_NE, float) for load_NE in zip(*lines, strict=True)]
+        return steps, [load_NE / np.maximum(load_NE.mean(axis=1, keepdims=True), 1e-9) for load_NE in loads]
 
 
 def read_run(directory: str | os.PathLike[str]) -> Run:

@@ -45,16 +45,16 @@ class Specialisation:
     Fields:
       step: of the checkpoint.
       tokens: looked at.
-      load_ME: share of all choices.
+      loads: of each MoE layer, its experts' shares of all choices, [E].
       preferences: for each MoE layer and expert, the tokens that it prefers most.
-      pairs_MEE: choices of two experts by one token, over what independent choices would give.
+      pairs: of each MoE layer, choices of two experts by one token over what independent choices would give, [E, E].
     """
 
     step: int
     tokens: int
-    load_ME: np.ndarray
+    loads: list[np.ndarray]
     preferences: list[list[list[Preference]]]
-    pairs_MEE: np.ndarray
+    pairs: list[np.ndarray]
 
 
 def specialisation(run: Run) -> Specialisation | None:
@@ -76,27 +76,25 @@ def specialisation(run: Run) -> Specialisation | None:
     def ids_of(tokens_BS, segments_BS, positions_BS):
         with product_precision(config):
             found = model.routings(tokens_BS, segments_BS=segments_BS, positions_BS=positions_BS)
-        return jnp.stack([routing.ids_TK for routing in found])
+        return [routing.ids_TK for routing in found]
 
-    tokens_T, ids_MTK = [], []
+    tokens_T: list[np.ndarray] = []
+    ids: list[list[np.ndarray]] = []  # of each batch and layer: layers may choose differently many experts
     for batch in _some_batches(corpus, config):
         arrays = (jnp.asarray(batch[name]) for name in ("tokens", "segments", "positions"))
         tokens_T.append(batch["tokens"].reshape(-1))
-        ids_MTK.append(np.asarray(ids_of(*arrays)))
-    all_tokens_T, all_ids_MTK = np.concatenate(tokens_T), np.concatenate(ids_MTK, axis=1)
-    num_experts = config.model.moe.num_experts
+        ids.append(jax.device_get(ids_of(*arrays)))
+    all_tokens_T = np.concatenate(tokens_T)
+    layers = list(zip(map(np.concatenate, zip(*ids, strict=True)), spec.experts_of_layers, strict=True))
     texts = [tokenizer.decode([token]) for token in range(tokenizer.vocab_size)]
-    counts_MVE = [count_choices(all_tokens_T, ids, len(texts), num_experts) for ids in all_ids_MTK]
-    placed_MT = np.any(all_ids_MTK >= 0, axis=2)
-    places_MV = [np.bincount(all_tokens_T[placed_T], minlength=len(texts)) for placed_T in placed_MT]
-    liked = [preferences(*counts, texts) for counts in zip(counts_MVE, places_MV, strict=True)]
-    load_ME = np.stack([counts_VE.sum(axis=0) for counts_VE in counts_MVE]).astype(float)
+    loads, liked = [], []
+    for ids_TK, num_experts in layers:
+        counts_VE = count_choices(all_tokens_T, ids_TK, len(texts), num_experts)
+        places_V = np.bincount(all_tokens_T[np.any(ids_TK >= 0, axis=1)], minlength=len(texts))
+        loads.append(counts_VE.sum(axis=0) / max(counts_VE.sum(), 1))
+        liked.append(preferences(counts_VE, places_V, texts))
     return Specialisation(
-        step,
-        len(all_tokens_T),
-        load_ME / np.maximum(load_ME.sum(axis=1, keepdims=True), 1),
-        liked,
-        np.stack([pairs(ids, num_experts) for ids in all_ids_MTK]),
+        step, len(all_tokens_T), loads, liked, [pairs(ids_TK, num_experts) for ids_TK, num_experts in layers]
     )
 
 
