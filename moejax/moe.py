@@ -5,7 +5,6 @@ Shapes: T tokens (on one device inside `_local`), D model width, E experts, K ex
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,10 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from moejax.delivery import OVERFLOWS, deliver
+from moejax.delivery import check_factor, check_options, deliver
 from moejax.experts import Experts
 from moejax.layers import FeedForward
-from moejax.levels import EXCHANGES, check_experts
+from moejax.levels import check_experts
 from moejax.losses import (
     BatchLoad,
     balance_loss,
@@ -42,7 +41,6 @@ from moejax.routing import Router, Routing, make_router
 from moejax.routing.check import check_routing
 from moejax.shadow import Shadow, replicate_module
 from moejax.statistics import Choices, RouterStats, chosen_together, router_stats
-from moejax.wire import WIRES
 
 BALANCE_OVER = ("batch", "micro_batch", "sequence")
 
@@ -142,14 +140,8 @@ class MoE(nnx.Module):
         rngs: nnx.Rngs,
         **router_options: Any,
     ):
-        names = {"exchange": (exchange, EXCHANGES), "overflow": (overflow, OVERFLOWS), "wire": (wire, WIRES)}
-        for argument, (name, known) in names.items():
-            if name not in known:
-                raise ValueError(f"{argument} = {name!r}: must be one of {sorted(known)}")
-        if buffer_factor is not None and not 0 < buffer_factor < math.inf:
-            raise ValueError(f"buffer_factor = {buffer_factor}: must be a positive finite number")
-        if chunks < 1:
-            raise ValueError(f"chunks = {chunks}: must be at least 1")
+        check_options(exchange=exchange, overflow=overflow, wire=wire, chunks=chunks)
+        check_factor("buffer_factor", buffer_factor, finite=True)
         if not 0 <= shadow <= num_experts:
             raise ValueError(f"shadow = {shadow}: must be between 0 and num_experts ({num_experts})")
         if balance_over not in BALANCE_OVER:

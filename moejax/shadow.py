@@ -54,7 +54,7 @@ def serve_hot(
     is_slot_TKS = ids_TK[:, :, None] == hot_S[None, None, :]
     slot_TK = jnp.where(jnp.any(is_slot_TKS, axis=-1), jnp.argmax(is_slot_TKS, axis=-1), -1)
     plan = make_plan(slot_TK, shadow.count)
-    plan = plan.first_rows(ids_TK.shape[0] * min(shadow.count, ids_TK.shape[1]))
+    plan = plan.at_most(ids_TK.shape[0] * min(shadow.count, ids_TK.shape[1]))
     (serve,), copies = hoist([shadow.copy(hot_S)], x_TD, plan, weights_TK)
     x_TD, *copies = together(vary_alike(x_TD, *copies))
     return serve(copies, x_TD, plan, weights_TK), plan.served_TK, x_TD

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
@@ -172,28 +173,38 @@ class ModelSpec:
 
     def count_parameters(self) -> tuple[int, int]:
         """All parameters, and those that one token meets: of the experts only the chosen ones."""
-        moe = self.config.model.moe
-        total = active = 0
-        leaves = zip(jax.tree.leaves(self.abstract), jax.tree.leaves(self.logical_axes()), strict=True)
-        for leaf, axes in leaves:
-            total += leaf.size
-            active += (
-                leaf.size * experts_per_token(moe) // moe.num_experts
-                if "experts" in axes.names
-                else leaf.size
-            )
-        return total, active
+        leaves = list(self._leaves())
+        return sum(leaf.size for _, leaf, _ in leaves), sum(
+            leaf.size * top_k // self.config.model.moe.num_experts if "experts" in axes.names else leaf.size
+            for (_, leaf, axes), top_k in zip(leaves, self._top_k_of_leaves(), strict=True)
+        )
+
+    def _leaves(self) -> Iterator[tuple[Any, Any, Axes]]:
+        """Path, shape and logical axes of each parameter."""
+        paths = jax.tree_util.tree_leaves_with_path(self.logical_axes())
+        for (path, axes), leaf in zip(paths, jax.tree.leaves(self.abstract), strict=True):
+            yield path, leaf, axes
+
+    def _top_k_of_leaves(self) -> Iterator[int]:
+        """Experts that a token meets in the layers that each parameter is of; of a layer's router its own number."""
+        model = self.config.model
+        routers = routers_of_layers(model)
+        for path, _, _ in self._leaves():
+            # Of the blocks of one period, whose kinds repeat, by number: blocks, number, ...
+            names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+            layer = int(names[1]) if names[0] == "blocks" else -1
+            router = routers.get(layer, model.moe.router)
+            yield experts_per_token(replace(model.moe, router=router))
 
     def active_matrix_parameters(self) -> int:
         """Parameters that one token is multiplied with: no norms, and no embedding that is only looked up."""
         count = 0
-        moe = self.config.model.moe
-        paths = jax.tree_util.tree_leaves_with_path(self.logical_axes())
-        for (path, axes), leaf in zip(paths, jax.tree.leaves(self.abstract), strict=True):
+        num_experts = self.config.model.moe.num_experts
+        for (path, leaf, axes), top_k in zip(self._leaves(), self._top_k_of_leaves(), strict=True):
             is_matrix = len(set(axes.names) - {"layers", "experts", "parts"}) > 1
             is_looked_up = jax.tree_util.keystr(path, simple=True) == "embedding"
             if is_matrix and not (is_looked_up and not self.config.model.tie_embeddings):
-                share = experts_per_token(moe) / moe.num_experts if "experts" in axes.names else 1
+                share = top_k / num_experts if "experts" in axes.names else 1
                 count += round(leaf.size * share)
         return count
 

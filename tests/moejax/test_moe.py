@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import moejax
-from custom_ops import permute, unpermute
+from custom_ops import grouped_matmul, permute, unpermute
 from moejax.levels import CAPACITY_FACTOR
 from moejax.mesh import most_nodes
 from moejax.order import after
@@ -34,12 +34,13 @@ def layer_value_and_grads(layer, x, dy, mask=None, mesh=None):
 
     @jax.jit
     def run(params, x):
-        def scalar(params, x):
-            y, stats = nnx.merge(graphdef, params)(x, token_mask=mask)
+        def scalar(params, x, others):
+            y, stats = nnx.merge(graphdef, params, others)(x, token_mask=mask)
             total = jnp.sum(y * dy) + stats.aux_loss
             return after(total, total), (y, stats)  # the loss is linear: see docs/dispatch.md, "On CPU"
 
-        return jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True)(params, x)
+        params, others = nnx.state(nnx.merge(graphdef, params), nnx.Param, ...)
+        return jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True)(params, x, others)
 
     if mesh is None:
         (_, (y, stats)), (grads, dx) = run(params, x)
@@ -320,6 +321,35 @@ def test_experts_of_ones_own_are_not_summed_over_the_tensor_axis():
     with jax.set_mesh(moejax.make_mesh(expert=2, tensor=2, data=2)):
         y = jax.jit(lambda layer, x: layer(x)[0])(layer, x)
     tolerance.assert_close(y, x, tolerance.F32, "y")
+
+
+class Counted(nnx.Module):
+    """Experts with a state that has no gradient: an integer for each, and a random key."""
+
+    def __init__(self, rngs):
+        self.w = nnx.Param(rngs.params.normal((E, D, D)) / D**0.5, axes=("experts", "embed", "embed"))
+        self.power = nnx.Variable(jnp.arange(E, dtype=jnp.int32) % 3, axes=("experts",))
+        self.key = nnx.Variable(jax.random.key(7), axes=())
+
+    def __call__(self, x_TD, plan, weights_TK):
+        noise_D = jax.random.normal(self.key[...], (D,))
+        scale_EDD = 2.0 ** -self.power[...].astype(jnp.float32)[:, None, None] * self.w[...]
+        y_ND = grouped_matmul(permute(x_TD, plan), scale_EDD * noise_D[None, None, :], plan.group_sizes_P)
+        return unpermute(y_ND, plan, weights_TK)
+
+
+@pytest.mark.parametrize("shadow", [0, 1])
+def test_experts_of_ones_own_with_integers_and_keys_go_through_the_loop_of_rounds(shadow):
+    x, dy = draw(skew=6.0)
+    experts = Counted(nnx.Rngs(3))
+    y, stats, grads, dx = layer_value_and_grads(
+        make_layer(2, experts=experts, buffer_factor=0.5, shadow=shadow), x, dy, mesh=make_mesh(1, 1, 4)
+    )
+    assert int(stats.rounds) > 1, "the case is meant to need further rounds"
+    y_one, _, grads_one, dx_one = layer_value_and_grads(make_layer(2, experts=experts), x, dy)
+    tolerance.assert_close(y, y_one, tolerance.F32, "y")
+    tolerance.assert_close(dx, dx_one, tolerance.F32, "x")
+    tolerance.assert_close(grads["experts"]["w"], grads_one["experts"]["w"], tolerance.F32, "w")
 
 
 def test_rows_compressed_to_8_bits_through_the_ragged_exchange_and_its_loop():
