@@ -5,6 +5,7 @@ Shapes: T tokens (on one device inside `_local`), D model width, E experts, K ex
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from moejax.delivery import check_factor, check_options, deliver
+from moejax.expert_list import ExpertList
 from moejax.experts import Experts
 from moejax.layers import FeedForward
 from moejax.levels import check_experts
@@ -37,10 +39,13 @@ from moejax.mesh import (
     token_axes,
 )
 from moejax.order import after, together
-from moejax.routing import Router, Routing, make_router
+from moejax.routing import Router, RouterState, Routing, make_router
 from moejax.routing.check import check_routing
 from moejax.shadow import Shadow, replicate_module
 from moejax.statistics import Choices, RouterStats, chosen_together, router_stats
+
+# Of the running estimate of the experts' load, per step: half of it is of the last seven steps.
+DEMAND_DECAY = 0.9
 
 BALANCE_OVER = ("batch", "micro_batch", "sequence")
 
@@ -91,15 +96,16 @@ class MoE(nnx.Module):
       router: name in `ROUTERS`, or a module `router(x_TD, token_mask_T=, token_ids_T=, key=) -> Routing`.
       router_options: further arguments of the named router.
       experts: activation of the expert FFNs ("swiglu" or "gelu"), or a module
-        `experts(x_TD, plan, weights_TK) -> y_TD` whose parameters are stacked over the axis "experts".
+        `experts(x_TD, plan, weights_TK) -> y_TD` whose parameters are stacked over the axis "experts", or a list of
+        E different modules, see `ExpertList`.
       exchange: how rows travel between devices, name in `EXCHANGES`.
       overflow: what becomes of choices beyond the static buffers, name in `OVERFLOWS`: "rounds" carries them out in
         further rounds, "drop" drops and counts them.
       buffer_factor: size of the buffers, under "drop" also of every expert's capacity, in units of what balanced
         choices need; None takes the policy's own (with rounds 1.15 on GPUs; on CPU room for whatever may arrive).
       chunks: pieces in which the tokens go through the layer, so that one travels while another is computed.
-      shadow: number of experts, those in most demand in each batch, that are copied to every device of the expert
-        axes, so that their tokens do not travel.
+      shadow: number of experts that are copied to every device of the expert axes, so that their tokens do not
+        travel: those in most demand by the running estimate that `follow` keeps, without one in each batch.
       wire: compression of rows between devices, name in `WIRES`.
       expert_bias: give the experts biases; see `Experts`.
       shared_experts: so many experts' width of dense FFN is added for every token (DeepSeek-MoE).
@@ -121,7 +127,7 @@ class MoE(nnx.Module):
         *,
         top_k: int | None = None,
         router: str | nnx.Module = "topk",
-        experts: str | nnx.Module = "swiglu",
+        experts: str | nnx.Module | Sequence[nnx.Module] = "swiglu",
         exchange: str = "all_to_all",
         expert_bias: bool = False,
         overflow: str = "rounds",
@@ -162,12 +168,21 @@ class MoE(nnx.Module):
                 dtype=dtype,
                 rngs=rngs,
             )
-        elif expert_bias:
+        elif isinstance(experts, Sequence):
+            if len(experts) != num_experts:
+                raise ValueError(
+                    f"experts = a list of {len(experts)}: must be num_experts ({num_experts}) modules"
+                )
+            experts = ExpertList(experts)
+        if expert_bias and not isinstance(experts, Experts):
             raise ValueError("expert_bias = True: of experts by name; got experts themselves")
         self.router = router
         self.experts = experts
         self.num_experts = num_experts
         self.shadow = shadow
+        self.demand_E = (
+            RouterState(jnp.zeros((num_experts,), jnp.float32), axes=("router",)) if shadow else None
+        )
         self.delivery: dict[str, Any] = {
             "exchange": exchange,
             "overflow": overflow,
@@ -213,6 +228,11 @@ class MoE(nnx.Module):
           batch_load: of the whole batch when x is a part of it; for the balance loss and the z-loss.
           observe: fill `stats.choices`.
         """
+        if not isinstance(x, jax.Array):
+            raise TypeError(
+                f"x is a {type(x).__name__}: must be one array [..., D]; nested inputs are to be joined along their "
+                "width before the layer and split again in the router and the experts"
+            )
         check_experts(self.num_experts, {axis: ambient_mesh().shape[axis] for axis in expert_axes()})
         flat = lambda a: None if a is None else a.reshape(-1)  # noqa: E731
         graphdef, params = nnx.split((self.router, self.experts))
@@ -224,7 +244,7 @@ class MoE(nnx.Module):
             x.reshape(-1, x.shape[-1]),
             flat(token_mask),
             flat(token_ids),
-            replicated=(key, batch_load),
+            replicated=(key, batch_load, None if self.demand_E is None else self.demand_E[...]),
             out_specs=lambda tokens: (tokens, P(), P(), tokens),
         )
         y = y_TD.reshape(x.shape)
@@ -234,9 +254,18 @@ class MoE(nnx.Module):
             y = y + self.shared(seen).astype(x.dtype)
         return y, replace(stats, choices=Choices(together_EE, first_T)) if observe else stats
 
+    def follow(self, load_E: jax.Array) -> None:
+        """Take a step's choices per expert, [E] or stacked over layers, into the estimate by which shadows are chosen.
+
+        A mean that forgets with `DEMAND_DECAY`.
+        """
+        if self.demand_E is not None:
+            load_E = load_E.astype(jnp.float32)
+            self.demand_E[...] = DEMAND_DECAY * self.demand_E[...] + (1 - DEMAND_DECAY) * load_E
+
     def _local(self, graphdef, sequence_length, observe, params, replicated, x_TD, mask_T, token_ids_T):
         """One device's tokens; collectives go along the token axes of the mesh, if there are any."""
-        key, batch_load = replicated
+        key, batch_load, demand_E = replicated
         router, experts = nnx.merge(graphdef, params)
         axes = token_axes()
         if mask_T is not None:
@@ -250,7 +279,8 @@ class MoE(nnx.Module):
         ids_TK = jnp.where(in_range_TK, routing.ids_TK, -1)
         shadow = None
         if self.shadow and expert_axes():
-            shadow = Shadow(self.shadow, lambda hot_S: replicate_module(experts, hot_S, expert_axes()))
+            copy = lambda hot_S: replicate_module(experts, hot_S, expert_axes())  # noqa: E731
+            shadow = Shadow(self.shadow, copy, demand_E)
         # Each device along the tensor axis computes a part of every hidden width: its results are summed once, here,
         # and in backward the gradients of what goes in. Experts that have no such width are whole on every device.
         parts = tensor_axes() if has_axis(experts, "hidden") else ()

@@ -293,12 +293,13 @@ class Transformer(nnx.Module):
         return self.num_layers // len(self.blocks)
 
     def balance_routers(self, load_ME: jax.Array) -> None:
-        """Let routers that keep a state change it after an optimizer step.
+        """Let routers that keep a state change it after an optimizer step, and shadows their estimate of the load.
 
         Args:
           load_ME: choices per expert of each MoE layer over the whole batch.
         """
-        routers = [block.ffn.router for block in self.blocks if isinstance(block.ffn, MoE)]
+        layers = [block.ffn for block in self.blocks if isinstance(block.ffn, MoE)]
+        routers = [layer.router for layer in layers]
         load_RME = load_ME.reshape(self._repetitions, len(routers), -1)
         for index, router in enumerate(routers):
             graphdef, state = nnx.split(router)
@@ -309,6 +310,7 @@ class Transformer(nnx.Module):
                 return nnx.state(router)
 
             nnx.update(router, jax.vmap(balanced)(state, load_RME[:, index]))
+            layers[index].follow(load_RME[:, index])
 
     def _embed(self, tokens_BS: jax.Array) -> jax.Array:
         return self.embedding[...][tokens_BS].astype(self.dtype)

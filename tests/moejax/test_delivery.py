@@ -285,6 +285,19 @@ def test_wire_bytes_are_those_of_the_formula():
     assert max(small) + sorted(small)[-3] <= 0.03 * rows_there, "ids, weights and masks"
 
 
+def test_compressed_rows_are_asked_for_in_fewer_bytes():
+    # In the program as asked for: XLA's CPU backend carries bf16 rows as f32.
+    num_tokens, top_k, num_experts = 64, 2, 16
+    shapes = [(8 * num_tokens, D), (8 * num_tokens, top_k), (num_experts, D, D)]
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    ids = jax.ShapeDtypeStruct((8 * num_tokens, top_k), jnp.int32)
+    for wire, expected in (("none", ["f32", "f32"]), ("bf16", ["bf16", "bf16"]), ("fp8", ["ui8", "bf16"])):
+        layer = Layer(make_mesh(1, 1, 8), num_experts, wire=wire, overflow="drop")
+        text = jax.jit(layer.forward).lower(*arguments, ids).as_text()
+        rows = re.findall(rf"all_to_all.*-> tensor<\d+x{D}x(\w+)>", text)
+        assert rows == expected
+
+
 def sent_bytes(text):
     """Bytes of the operand of every all-to-all in a compiled program; a CPU's takes one operand per device."""
     sizes = {"f32": 4, "s8": 1, "pred": 1}
