@@ -51,16 +51,33 @@ class DispatchPlan:
         """int32, the token of each row; -1 for an empty row."""
         return jnp.where(self.choice_N >= 0, self.choice_N // self.num_choices, -1)
 
-    def first_rows(self, count: int) -> "DispatchPlan":
-        """Of a packed plan, not `unique`, its first `count` rows alone: the choices behind them are clipped."""
-        ends_P = jnp.minimum(jnp.cumsum(self.group_sizes_P, dtype=jnp.int32), count)
-        position_TK = jnp.where(self.position_TK < count, self.position_TK, -1)
+    def at_most(self, count: int) -> "DispatchPlan":
+        """Of a packed plan, not `unique`, `count` of its rows at most; the other choices are clipped.
+
+        Where there are more, the rows kept lie at equal distances: every destination keeps the same share of its rows,
+        to within one row, and within a destination every part of the tokens does. Which ones depends on the numbers of
+        rows alone.
+        """
+        size = self.choice_N.shape[0]
+        if count >= size:
+            return self
+        kept_before = functools.partial(_kept_before, _step(jnp.sum(self.group_sizes_P), count))
+        row_N = lax.iota(jnp.int32, size)
+        target_N = kept_before(row_N)
+        is_kept_N = (kept_before(row_N + 1) > target_N) & (self.choice_N >= 0)
+        choice_N = vary_like(jnp.full((count,), -1, jnp.int32), self.choice_N)
+        choice_N = choice_N.at[jnp.where(is_kept_N, target_N, count)].set(
+            self.choice_N, mode="drop", wrap_negative_indices=False
+        )
+        begin_TK = kept_before(jnp.maximum(self.position_TK, 0))
+        is_kept_TK = (self.position_TK >= 0) & (kept_before(self.position_TK + 1) > begin_TK)
+        ends_P = kept_before(jnp.cumsum(self.group_sizes_P, dtype=jnp.int32))
         return dataclasses.replace(
             self,
-            position_TK=position_TK,
-            choice_N=self.choice_N[:count],
+            position_TK=jnp.where(is_kept_TK, begin_TK, -1),
+            choice_N=choice_N,
             group_sizes_P=jnp.diff(ends_P, prepend=jnp.zeros_like(ends_P[:1])),
-            served_TK=position_TK >= 0,
+            served_TK=is_kept_TK,
         )
 
     def choices_to_rows(self, values_TK: jax.Array) -> jax.Array:
@@ -164,6 +181,25 @@ def _plan_by_xla(dest_TK, *, P: int, bucket_rows: int | None, unique: bool) -> D
     position_TK = position_M.reshape(T, K)
     served_TK = valid_TK & (jnp.take_along_axis(position_TK, first_TK, axis=1) >= 0)
     return DispatchPlan(position_TK, choice_N, group_sizes_P, served_TK, num_invalid, K)
+
+
+def _step(total: jax.Array, count: int) -> jax.Array:
+    """Share count / total as u32 in units of 2**-32, rounded down; 0 stands for 1: all rows fit."""
+    share = jnp.float32(count * (1 - 2**-22)) / jnp.maximum(total, 1).astype(jnp.float32)
+    step = jnp.maximum((jnp.minimum(share, 1 - 2**-24) * 2.0**32).astype(jnp.uint32), jnp.uint32(1))
+    return jnp.where(total <= count, jnp.uint32(0), step)
+
+
+def _kept_before(step: jax.Array, row: jax.Array) -> jax.Array:
+    """ceil(row * step / 2**32), i32: how many of the first rows are kept, of any at least the first one."""
+    number = row.astype(jnp.uint32)
+    low, high = number & 0xFFFF, number >> 16
+    step_low, step_high = step & 0xFFFF, step >> 16
+    # The upper word of a product of 32 x 32 bits, from products of 16 x 16.
+    middle = high * step_low + ((low * step_low) >> 16)
+    carry = (middle & 0xFFFF) + low * step_high
+    upper = high * step_high + (middle >> 16) + (carry >> 16) + (number * step != 0)
+    return jnp.where(step == 0, row, upper.astype(jnp.int32))
 
 
 def _empty_plan(dest_TK: jax.Array, P: int, N: int) -> DispatchPlan:

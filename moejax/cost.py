@@ -7,6 +7,7 @@ P devices on an axis, B rows of a bucket, E experts, K experts per token.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 # Dense peak of one device in FLOP/s by type of product, from the vendors' data sheets, without sparsity. f32 is true
@@ -108,3 +109,66 @@ def exchange_seconds(exchange: str, link: Link, **shapes) -> float:
     # Rows are read and written once more on each side; a gather needs no buckets.
     copied = 0 if exchange == "all_gather" else 2 * (there + back)
     return (there + back) / link.bandwidth + messages * link.latency + copied / link.memory_bandwidth
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device was measured to do, see `train.rates`; the constants of `shadows_that_pay`.
+
+    Fields:
+      link: towards its peers along the expert axis.
+      flops: floating-point operations per second in a product.
+    """
+
+    link: Link
+    flops: float
+
+
+def shadows_that_pay(
+    load_E: Sequence[float],
+    rates: Rates,
+    *,
+    devices: int,
+    row_bytes: int,
+    expert_bytes: int,
+    row_flops: float,
+    at_most: int,
+) -> tuple[int, float]:
+    """How many of the experts in most demand are worth their copies, and the seconds this saves per layer and step.
+
+    The busiest device sets the time of a layer (He et al. 2022, FasterMoE, section 4.1): its rows cross the wire four
+    times, forward and backward, and are multiplied three times the forward pass's operations. A copied expert's rows
+    stay where they are; for that its parameters are summed over all devices once, and its gradients once.
+
+    Args:
+      load_E: rows that each expert gets in a step from all devices, a multiple of `devices` of them.
+      expert_bytes: of the parameters of one expert.
+      row_flops: of one row through one expert, forward.
+      at_most: largest number to be copied.
+    """
+    per_device = len(load_E) // devices
+    hottest = sorted(range(len(load_E)), key=lambda expert: -load_E[expert])
+    reduced = 2 * (devices - 1) / devices * expert_bytes
+
+    def seconds(count: int) -> float:
+        copied = set(hottest[:count])
+        at_home = sum(load_E[expert] for expert in copied) / devices
+        busiest = max(
+            sum(load_E[e] for e in range(device * per_device, (device + 1) * per_device) if e not in copied)
+            for device in range(devices)
+        )
+        wire = 4 * busiest * row_bytes / rates.link.bandwidth
+        compute = 3 * (busiest + at_home) * row_flops / rates.flops
+        copies = 2 * (
+            count * reduced / rates.link.bandwidth + (count > 0) * rates.link.latency * (devices - 1)
+        )
+        return wire + compute + copies
+
+    best = min(range(min(at_most, len(load_E)) + 1), key=seconds)
+    return best, seconds(0) - seconds(best)
+
+
+def cheapest_exchange(link: Link, **shapes) -> tuple[str, dict[str, float]]:
+    """What "auto" takes, and the estimated seconds of each it can take; arguments as of `exchange_seconds`."""
+    estimates = {name: exchange_seconds(name, link, **shapes) for name in ("all_to_all", "all_gather")}
+    return min(estimates, key=estimates.__getitem__), estimates

@@ -5,6 +5,7 @@ Shapes: T tokens on this device, D model width, E experts in all, K experts per 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -14,10 +15,11 @@ import jax.numpy as jnp
 
 from moejax.capacity import within_capacity
 from moejax.dispatch import ExpertsFn, dispatch
-from moejax.levels import REPEAT_FACTOR, Levels, default_factor, make_levels
+from moejax.levels import EXCHANGES, REPEAT_FACTOR, Levels, default_factor, make_levels
+from moejax.mesh import ambient_mesh
 from moejax.rounds import Pass, in_rounds
 from moejax.shadow import Shadow, serve_hot
-from moejax.wire import row_bytes
+from moejax.wire import WIRES, row_bytes
 
 # What becomes of choices that find no room: "rounds" carries them out in further rounds; "drop" limits every expert
 # to its capacity, as GShard and Switch do, and counts what is beyond it or beyond a bucket.
@@ -53,7 +55,7 @@ def deliver(
     *,
     num_experts: int,
     axes: Sequence[str] = (),
-    token_axes: Sequence[str] = (),
+    token_axes: Sequence[str] | None = None,
     exchange: str = "all_to_all",
     overflow: str = "rounds",
     capacity_factor: float | None = None,
@@ -66,7 +68,8 @@ def deliver(
     Args:
       ids_TK: experts 0..E - 1; -1 for none.
       axes: mesh axes over which experts are split, outermost first.
-      token_axes: mesh axes over which the tokens of one batch are split.
+      token_axes: mesh axes over which the tokens of one batch are split, `axes` among them: under "drop" an expert's
+        capacity is counted over all of them. None: `axes`.
       exchange: name in `levels.EXCHANGES`.
       overflow: name in `OVERFLOWS`.
       capacity_factor: size of every buffer, under "drop" also of every expert's capacity, in units of what balanced
@@ -76,7 +79,16 @@ def deliver(
       chunks: pieces in which the tokens go, so that one piece can travel while another is computed.
       shadow: the experts to be copied to every device for this batch.
       wire: compression of the rows between devices, name in `wire.WIRES`.
+
+    Raises:
+      ValueError: an unknown name, a number out of range, shapes that do not fit each other, an axis that no mesh axis
+        inside `shard_map` has, or axes that do not divide the experts.
     """
+    token_axes = tuple(axes if token_axes is None else token_axes)
+    check_options(exchange=exchange, overflow=overflow, wire=wire, chunks=chunks)
+    check_factor("capacity_factor", capacity_factor, finite=overflow == "drop")
+    _check_shapes(x_TD, ids_TK, weights_TK, num_experts)
+    _check_axes(axes, token_axes)
     admitted_TK = ids_TK
     if overflow == "drop":
         capacity_factor = DROP_CAPACITY_FACTOR if capacity_factor is None else capacity_factor
@@ -114,6 +126,56 @@ def deliver(
     if shadow is not None:
         y_TD = y_TD + hot_TD
     return y_TD, Account(served_TK, over_capacity, at_sender, rounds, jnp.stack(fills))
+
+
+def check_options(*, exchange: str, overflow: str, wire: str, chunks: int) -> None:
+    """Raise ValueError, naming the argument and what is allowed, where a delivery could not be done so."""
+    names = {"exchange": (exchange, EXCHANGES), "overflow": (overflow, OVERFLOWS), "wire": (wire, WIRES)}
+    for argument, (name, known) in names.items():
+        if name not in known:
+            raise ValueError(f"{argument} = {name!r}: must be one of {sorted(known)}")
+    if chunks < 1:
+        raise ValueError(f"chunks = {chunks}: must be at least 1")
+
+
+def check_factor(argument: str, factor: float | None, *, finite: bool) -> None:
+    """Raise ValueError unless the factor on the buffers is positive, and where asked finite, or None."""
+    if factor is not None and not (0 < factor < math.inf or (factor == math.inf and not finite)):
+        rule = "a positive finite number" if finite else "a positive number, or infinite for room for all"
+        raise ValueError(f"{argument} = {factor}: must be {rule}, or None")
+
+
+def _check_shapes(x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, num_experts: int) -> None:
+    if x_TD.ndim != 2:
+        raise ValueError(f"x_TD has shape {x_TD.shape}: must be [tokens, width]")
+    if ids_TK.ndim != 2 or ids_TK.shape[0] != x_TD.shape[0]:
+        raise ValueError(
+            f"ids_TK has shape {ids_TK.shape}: must be [{x_TD.shape[0]}, choices], as x_TD has tokens"
+        )
+    if not jnp.issubdtype(ids_TK.dtype, jnp.integer):
+        raise ValueError(
+            f"ids_TK has dtype {ids_TK.dtype}: must be an integer, an expert's number or -1 for none"
+        )
+    if weights_TK.shape != ids_TK.shape:
+        raise ValueError(f"weights_TK has shape {weights_TK.shape}: must have that of ids_TK, {ids_TK.shape}")
+    if num_experts < 1:
+        raise ValueError(f"num_experts = {num_experts}: must be at least 1")
+
+
+def _check_axes(axes: Sequence[str], token_axes: Sequence[str]) -> None:
+    for argument, names in (("axes", axes), ("token_axes", token_axes)):
+        for name in names:
+            try:
+                jax.lax.axis_size(name)
+            except NameError:
+                known = tuple(ambient_mesh().manual_axes)
+                cure = (
+                    f"there are {known}" if known else "call it inside jax.shard_map over a mesh that has it"
+                )
+                message = f"{argument} = {tuple(names)}: {name!r} is no mesh axis here; {cure}"
+                raise ValueError(message) from None
+    if missing := [name for name in axes if name not in token_axes]:
+        raise ValueError(f"token_axes = {tuple(token_axes)}: must contain {missing[0]!r}, one of axes")
 
 
 def _one_pass(levels: Levels, experts: ExpertsFn, chunks: int) -> Pass:

@@ -49,7 +49,7 @@ def dispatch(
     if not levels.exchanges:
         plan = make_plan(ids_TK, levels.experts_per_device)
         if levels.expert_rows is not None:
-            plan = plan.first_rows(levels.expert_rows)
+            plan = plan.at_most(levels.expert_rows)
         fill = jnp.sum(plan.group_sizes_P) / max(plan.choice_N.shape[0], 1)
         fills = (fill.astype(jnp.float32),)
         return Delivery(experts(x_TD, plan, weights_TK), plan.served_TK, fills, jnp.int32(0))

@@ -62,7 +62,7 @@ def moe(
       exchange, capacity_factor, chunks: as in `MoE`.
 
     Raises:
-      ValueError: the axes do not divide the experts.
+      ValueError: as `deliver`.
     """
     axes = (axis,) if isinstance(axis, str) else tuple(axis or ())
     y_TD, _ = deliver(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import jax
 
 from custom_ops.target import target
-from moejax.cost import NETWORK, NVLINK, exchange_seconds, share_of_tokens
+from moejax.cost import NETWORK, NVLINK, cheapest_exchange, share_of_tokens
 from moejax.exchange import AllGather, AllToAll, Exchange
 from moejax.mesh import EXPERT_AXES
 from moejax.ragged import Ragged
@@ -97,7 +97,7 @@ def make_levels(
                 tokens=rows, bucket_rows=bucket, share=share, devices=P, row_bytes=row_bytes, top_k=top_k
             )
             link = NETWORK if axis in EXPERT_AXES[:-1] else NVLINK
-            name = min("all_to_all", "all_gather", key=lambda name: exchange_seconds(name, link, **shapes))
+            name, _ = cheapest_exchange(link, **shapes)
         if name == "all_gather":
             exchanges.append(AllGather(axis, below, wire))
             rows *= P

@@ -5,7 +5,7 @@ Shapes: T tokens (on one device inside `_local`), D model width, E experts, K ex
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,11 +17,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from custom_ops.target import target
-from moejax.delivery import OVERFLOWS, deliver
+from moejax.delivery import check_factor, check_options, deliver
+from moejax.expert_list import ExpertList
 from moejax.experts import Experts
 from moejax.kept import RECEIVED, keeping
 from moejax.layers import FeedForward
-from moejax.levels import EXCHANGES, check_experts
+from moejax.levels import check_experts
 from moejax.losses import (
     BatchLoad,
     balance_loss,
@@ -42,12 +43,14 @@ from moejax.mesh import (
     token_axes,
 )
 from moejax.order import after, together
-from moejax.routing import Router, Routing, make_router
+from moejax.routing import Router, RouterState, Routing, make_router
 from moejax.routing.check import check_routing
 from moejax.routing.router import LinearRouter
 from moejax.shadow import Shadow, replicate_module
 from moejax.statistics import Choices, RouterStats, chosen_together, router_stats
-from moejax.wire import WIRES
+
+# Of the running estimate of the experts' load, per step: half of it is of the last seven steps.
+DEMAND_DECAY = 0.9
 
 BALANCE_OVER = ("batch", "micro_batch", "sequence")
 
@@ -116,15 +119,16 @@ class MoE(nnx.Module):
       router: name in `ROUTERS`, or a module `router(x_TD, token_mask_T=, token_ids_T=, key=) -> Routing`.
       router_options: further arguments of the named router.
       experts: activation of the expert FFNs ("swiglu" or "gelu"), or a module
-        `experts(x_TD, plan, weights_TK) -> y_TD` whose parameters are stacked over the axis "experts".
+        `experts(x_TD, plan, weights_TK) -> y_TD` whose parameters are stacked over the axis "experts", or a list of
+        E different modules, see `ExpertList`.
       exchange: how rows travel between devices, name in `EXCHANGES`.
       overflow: what becomes of choices beyond the static buffers, name in `OVERFLOWS`: "rounds" carries them out in
         further rounds, "drop" drops and counts them.
       buffer_factor: size of the buffers, under "drop" also of every expert's capacity, in units of what balanced
         choices need; None takes the policy's own (with rounds 1.15 on GPUs; on CPU room for whatever may arrive).
       chunks: pieces in which the tokens go through the layer, so that one travels while another is computed.
-      shadow: number of experts, those in most demand in each batch, that are copied to every device of the expert
-        axes, so that their tokens do not travel.
+      shadow: number of experts that are copied to every device of the expert axes, so that their tokens do not
+        travel: those in most demand by the running estimate that `follow` keeps, without one in each batch.
       wire: compression of rows between devices, name in `WIRES`.
       received: what becomes of rows received from other devices between forward and backward, name in `RECEIVED`:
         "keep" holds them, "resend" lets backward send them again (on CPU not where there is a loop of rounds, beside
@@ -150,7 +154,7 @@ class MoE(nnx.Module):
         *,
         top_k: int | None = None,
         router: str | nnx.Module = "topk",
-        experts: str | nnx.Module = "swiglu",
+        experts: str | nnx.Module | Sequence[nnx.Module] = "swiglu",
         exchange: str = "all_to_all",
         expert_bias: bool = False,
         overflow: str = "rounds",
@@ -177,19 +181,10 @@ class MoE(nnx.Module):
                 raise ValueError(f"{argument} = {size!r}: must be an integer of at least 1")
         if not isinstance(shared_experts, (int, np.integer)) or shared_experts < 0:
             raise ValueError(f"shared_experts = {shared_experts!r}: must be an integer of at least 0")
-        names = {
-            "exchange": (exchange, EXCHANGES),
-            "overflow": (overflow, OVERFLOWS),
-            "wire": (wire, WIRES),
-            "received": (received, RECEIVED),
-        }
-        for argument, (name, known) in names.items():
-            if name not in known:
-                raise ValueError(f"{argument} = {name!r}: must be one of {sorted(known)}")
-        if buffer_factor is not None and not 0 < buffer_factor < math.inf:
-            raise ValueError(f"buffer_factor = {buffer_factor}: must be a positive finite number")
-        if chunks < 1:
-            raise ValueError(f"chunks = {chunks}: must be at least 1")
+        check_options(exchange=exchange, overflow=overflow, wire=wire, chunks=chunks)
+        check_factor("buffer_factor", buffer_factor, finite=True)
+        if received not in RECEIVED:
+            raise ValueError(f"received = {received!r}: must be one of {sorted(RECEIVED)}")
         if not 0 <= shadow <= num_experts:
             raise ValueError(f"shadow = {shadow}: must be between 0 and num_experts ({num_experts})")
         if balance_over not in BALANCE_OVER:
@@ -210,7 +205,13 @@ class MoE(nnx.Module):
                 dtype=dtype,
                 rngs=rngs,
             )
-        elif expert_bias:
+        elif isinstance(experts, (list, tuple)):
+            if len(experts) != num_experts:
+                raise ValueError(
+                    f"experts = a list of {len(experts)}: must be num_experts ({num_experts}) modules"
+                )
+            experts = ExpertList(experts)
+        if expert_bias and not isinstance(experts, Experts):
             raise ValueError("expert_bias = True: of experts by name; got experts themselves")
         self.d_model = d_model
         self.router = router
@@ -218,6 +219,9 @@ class MoE(nnx.Module):
         self.num_experts = num_experts
         self.shadow = shadow
         self.received = received
+        self.demand_E = (
+            RouterState(jnp.zeros((num_experts,), jnp.float32), axes=("router",)) if shadow else None
+        )
         self.delivery: dict[str, Any] = {
             "exchange": exchange,
             "overflow": overflow,
@@ -285,7 +289,8 @@ class MoE(nnx.Module):
 
         # The policy stands around `shard_map`: what is kept of the parameters is then what the caller holds anyway.
         tokens = (x.reshape(-1, x.shape[-1]), flat(token_mask), flat(token_ids))
-        y_TD, stats, together_EE, first_T = keeping(run, self._kept())(params, (key, batch_load), *tokens)
+        replicated = (key, batch_load, None if self.demand_E is None else self.demand_E[...])
+        y_TD, stats, together_EE, first_T = keeping(run, self._kept())(params, replicated, *tokens)
         if self.orthogonality_weight:
             # Of parameters alone, so not among what is summed over the tokens of all devices.
             assert isinstance(self.router, LinearRouter)
@@ -303,6 +308,11 @@ class MoE(nnx.Module):
         return "keep" if may_loop and target().platform == "cpu" else self.received
 
     def _check_arguments(self, x, token_mask, token_ids) -> None:
+        if not isinstance(x, (jax.Array, np.ndarray)):
+            raise TypeError(
+                f"x is a {type(x).__name__}: must be one array [..., D]; nested inputs are to be joined along their "
+                "width before the layer and split again in the router and the experts"
+            )
         if x.ndim < 1 or x.shape[-1] != self.d_model:
             rule = f"must be [..., d_model], with the layer's d_model ({self.d_model}) last"
             raise ValueError(f"x: {rule}, got shape {x.shape}")
@@ -316,9 +326,18 @@ class MoE(nnx.Module):
                 rule = f"must be {kind.__name__}{list(x.shape[:-1])}, one for each token of x"
                 raise ValueError(f"{argument}: {rule}, got {value.dtype}{list(value.shape)}")
 
+    def follow(self, load_E: jax.Array) -> None:
+        """Take a step's choices per expert, [E] or stacked over layers, into the estimate by which shadows are chosen.
+
+        A mean that forgets with `DEMAND_DECAY`.
+        """
+        if self.demand_E is not None:
+            load_E = load_E.astype(jnp.float32)
+            self.demand_E[...] = DEMAND_DECAY * self.demand_E[...] + (1 - DEMAND_DECAY) * load_E
+
     def _local(self, graphdef, sequence_length, observe, params, replicated, x_TD, mask_T, token_ids_T):
         """One device's tokens; collectives go along the token axes of the mesh, if there are any."""
-        key, batch_load = replicated
+        key, batch_load, demand_E = replicated
         router, experts = nnx.merge(graphdef, params)
         axes = token_axes()
         if mask_T is not None:
@@ -332,7 +351,8 @@ class MoE(nnx.Module):
         ids_TK = jnp.where(in_range_TK, routing.ids_TK, -1)
         shadow = None
         if self.shadow and expert_axes():
-            shadow = Shadow(self.shadow, lambda hot_S: replicate_module(experts, hot_S, expert_axes()))
+            copy = lambda hot_S: replicate_module(experts, hot_S, expert_axes())  # noqa: E731
+            shadow = Shadow(self.shadow, copy, demand_E)
         # Each device along the tensor axis computes a part of every hidden width: its results are summed once, here,
         # and in backward the gradients of what goes in. Experts that have no such width are whole on every device.
         parts = tensor_axes() if has_axis(experts, "hidden") else ()

@@ -96,12 +96,17 @@ def _number(tree: Any) -> jax.Array:
             return jax.lax.bitcast_convert_type(first.astype(jnp.float32), jnp.int32)
         return first.astype(jnp.int32)
 
-    arrays = [array for array in jax.tree.leaves(tree) if array.size and array.dtype != jax.dtypes.float0]
+    arrays = [array for array in jax.tree.leaves(tree) if array.size and _has_numbers(array)]
     return checkpoint_name(functools.reduce(operator.xor, map(of, arrays), jnp.int32(0)), ORDER)
 
 
+def _has_numbers(array: jax.Array) -> bool:
+    # Random keys have none that could be selected; they come from no collective.
+    return array.dtype != jax.dtypes.float0 and not jnp.issubdtype(array.dtype, jax.dtypes.extended)
+
+
 def _tied(array: jax.Array, number: jax.Array) -> jax.Array:
-    if array.dtype == jax.dtypes.float0 or ambient_mesh().size <= 1:
+    if not _has_numbers(array) or ambient_mesh().size <= 1:
         return array
     return jax.lax.platform_dependent(array, number, cpu=_selected, default=lambda array, _: array)
 

@@ -42,13 +42,20 @@ def in_rounds(
     (first, again), captured = hoist([first, again], x_TD, weights_TK, ids_TK)
     # The gradient of a captured array that is the same along an axis is summed along that axis, within the loop; then
     # the devices of that axis must take equally many rounds too, or they would wait for each other forever.
-    shared = {axis for array in captured for axis in varying_axes(x_TD) - varying_axes(array)}
+    is_real = [jnp.issubdtype(array.dtype, jnp.inexact) for array in captured]
+    real = [array for array, has_gradient in zip(captured, is_real, strict=True) if has_gradient]
+    fixed = [array for array, has_gradient in zip(captured, is_real, strict=True) if not has_gradient]
+    shared = {axis for array in real for axis in varying_axes(x_TD) - varying_axes(array)}
+    first, again = (partial(_joined, tuple(is_real), function) for function in (first, again))
     rule = _Rounds(first, again, tuple(sorted({*axes, *shared})))
-    return _run(rule, captured, x_TD, weights_TK, ids_TK)
+    return _run(rule, real, x_TD, weights_TK, (ids_TK, fixed))
 
 
 class _Rounds(NamedTuple):
-    """Both passes, as functions of (captured, x, weights, ids), and the axes that must agree on going on."""
+    """Both passes, as functions of (captured, x, weights, (ids, fixed)), and the axes that must agree on going on.
+
+    Fixed is what the passes close over that has no gradient: integers, keys.
+    """
 
     first: Callable[..., tuple[jax.Array, jax.Array, Any]]
     again: Callable[..., tuple[jax.Array, jax.Array, Any]]
@@ -59,38 +66,39 @@ class _Rounds(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run(rule: _Rounds, captured, x_TD, weights_TK, ids_TK):
-    return _run_forward(rule, captured, x_TD, weights_TK, ids_TK)[0]
+def _run(rule: _Rounds, captured, x_TD, weights_TK, choices):
+    return _run_forward(rule, captured, x_TD, weights_TK, choices)[0]
 
 
-def _run_forward(rule: _Rounds, captured, x_TD, weights_TK, ids_TK):
-    first = partial(_with_ids, rule.first, ids_TK)
+def _run_forward(rule: _Rounds, captured, x_TD, weights_TK, choices):
+    ids_TK, fixed = choices
+    first = partial(_with_ids, rule.first, choices)
     y_TD, pull, (served_TK, facts) = jax.vjp(first, captured, x_TD, weights_TK, has_aux=True)
     first_left_TK = jnp.where(served_TK, -1, ids_TK)
     first_left_TK, is_any_left = account((first_left_TK, rule.is_any_left(first_left_TK)))
 
     def one_more(carry):
         y_TD, left_TK, _, rounds = carry
-        more_TD, served_TK, _ = rule.again(captured, x_TD, weights_TK, left_TK)
+        more_TD, served_TK, _ = rule.again(captured, x_TD, weights_TK, (left_TK, fixed))
         left_TK = jnp.where(served_TK, -1, left_TK)
         return y_TD + more_TD, left_TK, rule.is_any_left(left_TK), rounds + 1
 
     start = (y_TD, first_left_TK, is_any_left, vary_like(jnp.int32(1), x_TD))
     y_TD, left_TK, _, rounds = jax.lax.while_loop(lambda carry: carry[2], one_more, start)
     rounds = account(rounds)
-    saved = (pull, captured, x_TD, weights_TK, first_left_TK, is_any_left, rounds)
+    saved = (pull, captured, x_TD, weights_TK, (first_left_TK, fixed), is_any_left, rounds)
     return (y_TD, left_TK, rounds, facts), saved
 
 
 def _run_backward(rule: _Rounds, saved, cotangents):
-    pull, captured, x_TD, weights_TK, left_TK, is_any_left, rounds = saved
+    pull, captured, x_TD, weights_TK, (left_TK, fixed), is_any_left, rounds = saved
     # Under a linear loss nothing else would keep the forward loop and what follows apart.
     dy_TD = waiting(cotangents[0], rounds)
     operands = (captured, x_TD, weights_TK)
 
     def one_more(carry):
         grads, left_TK, _ = carry
-        again = partial(_with_ids, rule.again, left_TK)
+        again = partial(_with_ids, rule.again, (left_TK, fixed))
         _, pull, (served_TK, _) = jax.vjp(again, *operands, has_aux=True)
         grads = jax.tree.map(lambda total, part: total + part.astype(total.dtype), grads, pull(dy_TD))
         left_TK = jnp.where(served_TK, -1, left_TK)
@@ -105,23 +113,49 @@ def _run_backward(rule: _Rounds, saved, cotangents):
 _run.defvjp(_run_forward, _run_backward)
 
 
-def _with_ids(function, ids_TK, captured, x_TD, weights_TK):
-    y_TD, served_TK, facts = function(captured, x_TD, weights_TK, ids_TK)
+def _joined(is_real, function, real, x_TD, weights_TK, choices):
+    ids_TK, fixed = choices
+    reals, others = iter(real), iter(fixed)
+    captured = [next(reals if has_gradient else others) for has_gradient in is_real]
+    return function(captured, x_TD, weights_TK, ids_TK)
+
+
+def _with_ids(function, choices, captured, x_TD, weights_TK):
+    y_TD, served_TK, facts = function(captured, x_TD, weights_TK, choices)
     return y_TD, (served_TK, facts)
 
 
 def hoist(
     functions: Sequence[Callable[..., Any]], *examples: Any
 ) -> tuple[list[Callable[..., Any]], list[jax.Array]]:
-    """What the functions close over and are differentiated by, as one list that each takes as first argument."""
+    """What is traced and the functions close over, of any dtype, as one list that each takes as first argument.
+
+    Arrays with a value of their own stay inside: a differentiation rule may close over them, and they have no gradient.
+    """
     captured: list[jax.Array] = []
 
     def convert(function: Callable[..., Any]) -> Callable[..., Any]:
-        converted, constants = jax.closure_convert(function, *examples)
+        closed, shapes = jax.make_jaxpr(function, return_shape=True)(*examples)
+        out_tree = jax.tree.structure(shapes)
+        is_traced = [isinstance(constant, jax.core.Tracer) for constant in closed.consts]
         known = {id(array): index for index, array in enumerate(captured)}
-        captured.extend(array for array in constants if id(array) not in known)
-        known = {id(array): index for index, array in enumerate(captured)}
-        places = [known[id(array)] for array in constants]
-        return lambda arrays, *args: converted(*args, *(arrays[place] for place in places))
+        for array, traced in zip(closed.consts, is_traced, strict=True):
+            if traced and id(array) not in known:
+                known[id(array)] = len(captured)
+                captured.append(array)
+        places = [
+            known[id(array)] if traced else None
+            for array, traced in zip(closed.consts, is_traced, strict=True)
+        ]
+        own = [None if traced else array for array, traced in zip(closed.consts, is_traced, strict=True)]
+
+        def converted(arrays: Sequence[jax.Array], *args: Any) -> Any:
+            constants = [
+                array if place is None else arrays[place] for place, array in zip(places, own, strict=True)
+            ]
+            outputs = jax.core.eval_jaxpr(closed.jaxpr, constants, *jax.tree.leaves(args))
+            return jax.tree.unflatten(out_tree, outputs)
+
+        return converted
 
     return [convert(function) for function in functions], captured

@@ -29,10 +29,13 @@ class Shadow:
     Fields:
       count: S.
       copy: from the numbers hot_S of the hot experts to their function; see `replicate`.
+      demand_E: running estimate of the choices per expert, the same on all devices; the experts copied are those it
+        is largest for. None, or without any demand: those most chosen in this batch.
     """
 
     count: int
     copy: Callable[[jax.Array], ExpertsFn]
+    demand_E: jax.Array | None = None
 
 
 def serve_hot(
@@ -44,17 +47,19 @@ def serve_hot(
     num_experts: int,
     axes: Sequence[str],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What the S experts most chosen in this batch, by the devices along `axes`, contribute to y_TD; served_TK; x_TD.
+    """What the S experts in most demand contribute to y_TD; served_TK; x_TD.
 
     Room is for S different hot experts per token; what repeats an expert beyond that is left to the usual way, which
     must start from the x_TD returned: then the copies are made before it, and their gradients are summed after its own.
     """
-    load_E = expert_load(ids_TK, num_experts, axes)
+    load_E = expert_load(ids_TK, num_experts, axes).astype(jnp.float32)
+    if shadow.demand_E is not None:
+        load_E = jnp.where(jnp.any(shadow.demand_E > 0), shadow.demand_E, load_E)
     _, hot_S = jax.lax.top_k(load_E, shadow.count)
     is_slot_TKS = ids_TK[:, :, None] == hot_S[None, None, :]
     slot_TK = jnp.where(jnp.any(is_slot_TKS, axis=-1), jnp.argmax(is_slot_TKS, axis=-1), -1)
     plan = make_plan(slot_TK, shadow.count)
-    plan = plan.first_rows(ids_TK.shape[0] * min(shadow.count, ids_TK.shape[1]))
+    plan = plan.at_most(ids_TK.shape[0] * min(shadow.count, ids_TK.shape[1]))
     (serve,), copies = hoist([shadow.copy(hot_S)], x_TD, plan, weights_TK)
     x_TD, *copies = together(vary_alike(x_TD, *copies))
     return serve(copies, x_TD, plan, weights_TK), plan.served_TK, x_TD

@@ -299,7 +299,7 @@ class Transformer(nnx.Module):
         return self.num_layers // len(self.blocks)
 
     def balance_routers(self, load_ME: jax.Array) -> None:
-        """Let routers that keep a state change it after an optimizer step.
+        """Let routers that keep a state change it after an optimizer step, and shadows their estimate of the load.
 
         Args:
           load_ME: choices per expert of each MoE layer over the whole batch; of a layer with fewer than E experts, the
@@ -317,6 +317,7 @@ class Transformer(nnx.Module):
                 return nnx.state(router)
 
             nnx.update(router, jax.vmap(balanced)(state, load_RME[:, index, : layer.num_experts]))
+            layer.follow(load_RME[:, index, : layer.num_experts])
 
     def _embed(self, tokens_BS: jax.Array) -> jax.Array:
         return self.embedding[...][tokens_BS].astype(self.dtype)

@@ -129,7 +129,7 @@ class MoEConfig:
     chunks: int = 1
     """Pieces in which the tokens go through a layer, so that one travels while another is computed."""
     shadow: int = 0
-    """Experts in most demand that are copied to every device of the expert axes in each step."""
+    """Experts that are copied to every device of the expert axes in each step: those in most demand of late."""
     wire: Literal["none", "bf16", "fp8"] = "none"
     """Compression of rows between devices: none, bf16, or fp8 towards the experts and bf16 back."""
     received: Literal["keep", "resend"] = "keep"

@@ -38,6 +38,7 @@ def findings() -> Iterator[tuple[str, str, bool]]:
     yield from _native_ops()
     yield from _grouped_matmul()
     yield from _collectives()
+    yield from _exchange()
 
 
 def cluster() -> str:
@@ -150,3 +151,29 @@ def _collectives() -> Iterator[tuple[str, str, bool]]:
         )
         times = f"{(finished - compiled) * 1e3:.2f} ms, first call {(compiled - started) * 1e3:.0f} ms"
         yield name, times if is_right else f"wrong answer on {count} devices", is_right
+
+
+def _exchange() -> Iterator[tuple[str, str, bool]]:
+    """What was measured between the devices, and by it the cheaper exchange for one layer of a usual shape."""
+    import jax
+
+    from moejax.cost import cheapest_exchange, share_of_tokens
+    from moejax.levels import CAPACITY_FACTOR
+    from moejax.mesh import make_mesh
+    from train.rates import measure_rates
+
+    devices = jax.device_count()
+    if devices == 1 or jax.process_count() > 1:
+        return
+    rates = measure_rates(make_mesh(expert=devices), "expert")
+    link = rates.link
+    measured = f"{link.bandwidth / 1e9:.2f} GB/s out of a device, {1e6 * link.latency:.0f} us per message"
+    yield "expert axis", f"{measured}, copies {link.memory_bandwidth / 1e9:.1f} GB/s", True
+    T, D, E, K = 4096, 1024, 8 * devices, 2
+    share = share_of_tokens(E, E // devices, K)
+    bucket = round(CAPACITY_FACTOR * share * T)
+    name, estimates = cheapest_exchange(
+        link, tokens=T, bucket_rows=bucket, share=share, devices=devices, row_bytes=(4 * D, 4 * D), top_k=K
+    )
+    times = ", ".join(f"{other} {1e3 * seconds:.1f} ms" for other, seconds in estimates.items())
+    yield "exchange auto", f"{name} for {T} tokens of width {D}, {E} experts, {K} each, f32: {times}", True

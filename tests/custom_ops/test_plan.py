@@ -197,12 +197,34 @@ def test_refuses(dest, P, B, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
-def test_first_rows_clip_what_is_behind_them():
-    dest = jnp.asarray([[2, 0], [1, -1], [0, 2], [9, 2]])
-    plan = make_plan(dest, 3)
-    short = plan.first_rows(4)
-    np.testing.assert_array_equal(short.choice_N, plan.choice_N[:4])
-    np.testing.assert_array_equal(short.group_sizes_P, [2, 1, 1])
-    np.testing.assert_array_equal(short.position_TK, [[3, 0], [2, -1], [1, -1], [-1, -1]])
-    np.testing.assert_array_equal(short.served_TK, np.asarray(short.position_TK) >= 0)
-    assert int(short.num_invalid) == 1
+@pytest.mark.parametrize(
+    ("count", "sizes"), [(4, [3, 0, 1]), (1, [5, 9, 0]), (37, [200, 0, 40]), (200, [50, 3, 2])]
+)
+def test_too_many_rows_are_cut_by_the_same_share_everywhere(count, sizes):
+    dest = np.random.default_rng(2).permutation(np.repeat(np.arange(3), sizes))
+    dest = np.append(dest, -1)[:, None]
+    whole = make_plan(jnp.asarray(dest, jnp.int32), 3)
+    plan = jax.jit(lambda dest: make_plan(dest, 3).at_most(count))(jnp.asarray(dest, jnp.int32))
+    total = sum(sizes)
+    kept = np.asarray(plan.group_sizes_P)
+    assert kept.sum() == min(count, total) == np.sum(plan.served_TK)
+    np.testing.assert_array_less(np.abs(kept - np.asarray(sizes) * min(1, count / total)), 1)
+    rows = np.asarray(plan.choice_N)
+    assert len(rows) == min(count, len(dest)) and (rows[kept.sum() :] == -1).all()
+    position = np.asarray(plan.position_TK).reshape(-1)
+    np.testing.assert_array_equal(position[rows[: kept.sum()]], np.arange(kept.sum()))
+    np.testing.assert_array_equal(plan.served_TK, plan.position_TK >= 0)
+    # In the order they had, at distances that differ by one at most.
+    before = np.asarray(whole.position_TK).reshape(-1)[rows[: kept.sum()]]
+    assert before[0] == 0 and (len(before) < 3 or np.ptp(np.diff(before)) <= 1)
+
+
+def test_the_share_that_is_kept_is_exact_beyond_32_bits():
+    from custom_ops.plan import _kept_before, _step
+
+    for total, count in ((2**31 - 1, 2**21 + 5), (600_000, 524_288), (2**20, 3)):
+        step = _step(jnp.int32(total), count)
+        rows = np.unique(np.linspace(0, total, 1001).astype(np.int32))
+        exact = -(-rows.astype(object) * int(step) // 2**32)
+        np.testing.assert_array_equal(_kept_before(step, jnp.asarray(rows)), exact.astype(np.int32))
+        assert count - 1 <= exact[-1] <= count

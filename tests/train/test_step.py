@@ -108,8 +108,8 @@ def test_fifty_steps_agree_on_every_layout(layout):
     run = small.config(steps=50)
     actual, expected = losses(run, *layout, 50), losses(run, 1, 1, 50)
     np.testing.assert_allclose(actual[:, :2], expected[:, :2], rtol=tolerance.F32_MODEL)
-    # Rounding grows with every step, in the gradient faster than in the loss: 1.2e-5 at the fiftieth on (2, 1).
-    np.testing.assert_allclose(actual[:, 2], expected[:, 2], rtol=2 * tolerance.F32_MODEL)
+    # Against the largest of the 50 norms, as the error of a tensor is defined here.
+    tolerance.assert_close(actual[:, 2], expected[:, 2], tolerance.F32_MODEL, "gradient norm")
 
 
 class DenseMoE(moejax.MoE):
@@ -218,6 +218,20 @@ def test_named_parameters_are_counted():
     experts = 2 * 8 * (16 * 2 * 8 + 8 * 16)
     assert total == sum(leaf.size for leaf in jax.tree.leaves(spec.abstract))
     assert total - active == experts * 6 // 8
+
+
+def test_active_parameters_follow_the_router_of_each_layer():
+    # Layer 1 alone has one expert per token instead of two.
+    run = small.config()
+    moe = dataclasses.replace(run.model.moe, layer_routers="1:switch")
+    spec = ModelSpec.from_config(
+        dataclasses.replace(run, model=dataclasses.replace(run.model, moe=moe)), small.VOCAB
+    )
+    plain = ModelSpec.from_config(run, small.VOCAB)
+    one_expert = 16 * 2 * 8 + 8 * 16
+    assert plain.active_matrix_parameters() - spec.active_matrix_parameters() == one_expert
+    (total, active), (plain_total, plain_active) = spec.count_parameters(), plain.count_parameters()
+    assert total == plain_total and plain_active - active == one_expert
 
 
 def test_metrics_of_a_dense_model_have_no_moe_fields():
