@@ -148,7 +148,7 @@ class Victim:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         began = time.monotonic()
-        code = process.wait(timeout=90)
+        code = process.wait(timeout=180)
         wait(None, lambda: not any(is_alive(pid) for pid in workers), 60)
         self.count["longest seconds until all had ended"] = max(
             self.count["longest seconds until all had ended"], round(time.monotonic() - began)
@@ -204,7 +204,7 @@ def tail(path: pathlib.Path, offset: int) -> str:
     return path.read_bytes()[offset:].decode() if path.exists() else ""
 
 
-def wait(process: subprocess.Popen[bytes] | None, condition, seconds: float = 180) -> None:
+def wait(process: subprocess.Popen[bytes] | None, condition, seconds: float = 600) -> None:
     """Until the condition holds or the process has ended."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -105,5 +105,8 @@ def _run(words: Words) -> int:
         if option not in known:
             raise unknown_field(option, value, known)
     if (cpu_devices := options.pop("cpu_devices", None)) is not None:
+        if name == "launch":
+            rule = "has no meaning for launch; write --devices-per-process, how many CPU devices each process has"
+            raise ConfigError("--cpu-devices", shown(cpu_devices), rule)
         use_cpu_devices(cpu_devices)
     return command.run(arguments if command.takes_many else "".join(arguments), options)

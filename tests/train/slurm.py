@@ -81,7 +81,7 @@ def answer(command, env):
     return subprocess.run(command, env=os.environ | env, capture_output=True, text=True).stdout
 
 
-def wait_until(condition, seconds=60):
+def wait_until(condition, seconds=180):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "Slurm does not come up"
