@@ -113,22 +113,31 @@ def unknown_field(field: str, value: object, known: Iterable[str]) -> ConfigErro
     """The error for a field that does not exist, with the nearest one that does."""
     known = list(known)
     if group := [name.removeprefix(f"{field}.") for name in known if name.startswith(f"{field}.")]:
-        return ConfigError(field, shown(value), f"is a group of fields: {', '.join(group)}")
+        more = f" and {len(group) - _FEW} more" if len(group) > _FEW else ""
+        return ConfigError(field, shown(value), f"is a group of fields: {', '.join(group[:_FEW])}{more}")
     return ConfigError(field, shown(value), f"no such field{nearest(field, known)}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; the nearest is …`: the known name most like this one; where none is like it, all of a few, else nothing.
 
-    A known name that ends in the same part (`top_k`, `model.moe.top_k`) is nearer than one spelt alike.
+    A known name that ends in the same part (`top_k`, `model.moe.top_k`), or in words with these initials (`lr`,
+    `learning_rate`), is nearer than one spelt alike.
     """
     known = list(known)
     last = name.rsplit(".", 1)[-1].lstrip("-")
-    same_ending = [other for other in known if other.rsplit(".", 1)[-1].lstrip("-") == last]
+    endings = {other: other.rsplit(".", 1)[-1].lstrip("-") for other in known}
+    same_ending = [other for other, ending in endings.items() if ending == last] or [
+        other for other, ending in endings.items() if "_" in ending and _initials(ending) == last
+    ]
     match = difflib.get_close_matches(name, same_ending or known, n=1, cutoff=0.0 if same_ending else _ALIKE)
     if match:
         return f"; the nearest is {match[0]}"
     return f"; there are {', '.join(known)}" if 0 < len(known) <= _FEW else ""
+
+
+def _initials(name: str) -> str:
+    return "".join(word[:1] for word in name.split("_"))
 
 
 def shown(value: object, limit: int = 120) -> str:
