@@ -114,7 +114,7 @@ def test_train_again_from_the_yaml_of_a_run(trained, run_directory):
         ("train quickstart --lr 1", "lr = 1: no such field; the nearest is optimizer.learning_rate"),
         (
             "launch --cpu-devices 2 train quickstart",
-            "--cpu-devices = 2: has no meaning for launch; write --devices-per-process",
+            "--cpu-devices = 2: has no meaning for launch; write --devices-per",
         ),
         ("launch --devices_per_process 0 train x", "--devices-per-process = 0: must be between"),
         ("train quickstart --cpu-device 2", "cpu_device = 2: no such field; the nearest is cpu_devices"),
