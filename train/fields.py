@@ -22,6 +22,8 @@ T = TypeVar("T")
 _ALIKE = 0.4
 # So many names can be listed in one line.
 _FEW = 12
+# Usual short names of fields.
+_USUAL = {"lr": "learning_rate", "bs": "batch_size", "wd": "weight_decay"}
 _NONE_WORDS = ("None", "null")
 _TRUTH = {"true": True, "false": False}
 
@@ -121,23 +123,17 @@ def unknown_field(field: str, value: object, known: Iterable[str]) -> ConfigErro
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; the nearest is …`: the known name most like this one; where none is like it, all of a few, else nothing.
 
-    A known name that ends in the same part (`top_k`, `model.moe.top_k`), or in words with these initials (`lr`,
-    `learning_rate`), is nearer than one spelt alike.
+    A known name that ends in the same part (`top_k`, `model.moe.top_k`), or in what it is usually short for (`lr`), is
+    nearer than one spelt alike.
     """
     known = list(known)
     last = name.rsplit(".", 1)[-1].lstrip("-")
-    endings = {other: other.rsplit(".", 1)[-1].lstrip("-") for other in known}
-    same_ending = [other for other, ending in endings.items() if ending == last] or [
-        other for other, ending in endings.items() if "_" in ending and _initials(ending) == last
-    ]
+    last = _USUAL.get(last, last)
+    same_ending = [other for other in known if other.rsplit(".", 1)[-1].lstrip("-") == last]
     match = difflib.get_close_matches(name, same_ending or known, n=1, cutoff=0.0 if same_ending else _ALIKE)
     if match:
         return f"; the nearest is {match[0]}"
     return f"; there are {', '.join(known)}" if 0 < len(known) <= _FEW else ""
-
-
-def _initials(name: str) -> str:
-    return "".join(word[:1] for word in name.split("_"))
 
 
 def shown(value: object, limit: int = 120) -> str:

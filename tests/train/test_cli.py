@@ -130,7 +130,7 @@ def test_train_again_from_the_yaml_of_a_run(trained, run_directory):
             "generate run --prompt a --temperature -1",
             "--temperature = -1.0: must be a finite number of at least 0",
         ),
-        ("generate run --prompt a --top_p 0", "--top_p = 0.0: must be above 0 and at most 1"),
+        ("generate run --prompt a --top_p 0", "--top-p = 0.0: must be above 0 and at most 1"),
         ("generate run --prompt a --max-tokens 0", "--max-tokens = 0: must be between 1 and 2147483647"),
         (
             "generate run --prompt a --temprature 1",
