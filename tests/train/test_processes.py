@@ -383,7 +383,7 @@ def test_a_process_that_does_not_arrive_is_named_and_all_end(config, tmp_path):
 @pytest.mark.slow
 def test_a_process_that_fails_alone_takes_the_others_with_it(config, tmp_path):
     config.write_text(
-        STALLED.replace("BREAK", "raise OSError('the disk is gone')").replace("BATCH", "9")
+        STALLED.replace("BREAK", "time.sleep(5); raise OSError('the disk is gone')").replace("BATCH", "9")
         + config.read_text()
     )
     process = start(*launched(config, tmp_path / "run", *OPTIONS))
