@@ -2,6 +2,9 @@
 
     python -m benchmarks.kills [KILLS [FOLDER [SEED]]]
 
+With a FOLDER the kills already done there count: 10, then 20, then 50 do in three parts what 50 does at once. Each part
+ends with a run that has come to its last step.
+
 One run in two processes, killed again and again with SIGKILL: one process or all, at a random moment or in the midst of
 a checkpoint, and now and then with the newest checkpoint truncated or one of its bits flipped. Every time the same
 command must go on from the newest complete and undamaged checkpoint, and every line of `metrics.jsonl` must be that of
@@ -46,6 +49,7 @@ RUN = {
 
 
 def main(kills: int = 50, folder: str | None = None, seed: int = 1, steps: int = STEPS) -> dict[str, int]:
+    """Kill the run until there are so many kills in `folder`; how often what has happened there."""
     with contextlib.ExitStack() as stack:
         place = pathlib.Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
         place.mkdir(parents=True, exist_ok=True)
@@ -55,13 +59,16 @@ def main(kills: int = 50, folder: str | None = None, seed: int = 1, steps: int =
         finish(command(place, "undisturbed", steps))
         expected = lines(place / "undisturbed")
         assert len(expected) >= steps
-        victim = Victim(
-            command(place, "disturbed", steps), place / "disturbed", expected, random.Random(seed)
-        )
-        while victim.kills < kills:
+        done = place / "kills.json"
+        count = collections.Counter(json.loads(done.read_text()) if done.exists() else {})
+        draw = random.Random(seed + count["kills"])
+        shutil.rmtree(place / "disturbed", ignore_errors=True)
+        victim = Victim(command(place, "disturbed", steps), place / "disturbed", expected, draw, count)
+        while count["kills"] < kills:
             print(victim.one_kill(), flush=True)
         finish(victim.command)
         assert lines(victim.workdir) == expected, "the metrics differ"
+        done.write_text(json.dumps(count))
         print(f"{kills} kills, {dict(victim.count)}; {len(expected)} lines of metrics bitwise equal")
         return dict(victim.count)
 
@@ -69,11 +76,16 @@ def main(kills: int = 50, folder: str | None = None, seed: int = 1, steps: int =
 class Victim:
     """A run that is killed and started again."""
 
-    def __init__(self, words: list[str], workdir: pathlib.Path, expected: list[str], draw: random.Random):
+    def __init__(
+        self,
+        words: list[str],
+        workdir: pathlib.Path,
+        expected: list[str],
+        draw: random.Random,
+        count: collections.Counter[str],
+    ):
         self.command, self.workdir = words, workdir
-        self.expected, self.draw = expected, draw
-        self.count: collections.Counter[str] = collections.Counter()
-        self.kills = 0
+        self.expected, self.draw, self.count = expected, draw, count
         self.sound = 0  # the newest checkpoint that must be found
         self.damaged: set[str] = set()
 
@@ -109,7 +121,7 @@ class Victim:
             self.sound = 0
             self.damaged.clear()
             return f"on from {begun_at}, done at {len(now)}"
-        self.kills += 1
+        self.count["kills"] += 1
         complete = self.complete()
         self.sound = max(complete, default=0)
         lost = len(now) - self.sound
@@ -124,7 +136,8 @@ class Victim:
             harm = "none"
         for what in (f"during: {moment}", f"killed: {who}", f"newest checkpoint: {harm}"):
             self.count[what] += 1
-        return f"{self.kills:3}: on from {begun_at}, killed {who} at {len(now)} ({moment}), newest checkpoint: {harm}"
+        what = f"on from {begun_at}, killed {who} at {len(now)} ({moment}), newest checkpoint: {harm}"
+        return f"{self.count['kills']:3}: {what}"
 
     def kill(self, process: subprocess.Popen[bytes], who: str) -> None:
         """SIGKILL to one process of the run, or to all and the launcher; none may be left afterwards."""
@@ -135,7 +148,7 @@ class Victim:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         began = time.monotonic()
-        code = process.wait(timeout=90)
+        code = process.wait(timeout=180)
         wait(None, lambda: not any(is_alive(pid) for pid in workers), 60)
         self.count["longest seconds until all had ended"] = max(
             self.count["longest seconds until all had ended"], round(time.monotonic() - began)
@@ -191,7 +204,7 @@ def tail(path: pathlib.Path, offset: int) -> str:
     return path.read_bytes()[offset:].decode() if path.exists() else ""
 
 
-def wait(process: subprocess.Popen[bytes] | None, condition, seconds: float = 180) -> None:
+def wait(process: subprocess.Popen[bytes] | None, condition, seconds: float = 600) -> None:
     """Until the condition holds or the process has ended."""
     deadline = time.monotonic() + seconds
     while not condition():

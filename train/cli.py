@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from train.cli_help import overview, show_help
 from train.commands import COMMANDS, use_cpu_devices
+from train.config import TrainConfig
 from train.errors import ConfigError, NotFinite, RunError, TrainingFailed
 from train.fields import leaf_types, nearest, shown, unknown_field
 from train.logs import logged_to
@@ -94,16 +95,26 @@ def _run(words: Words) -> int:
         arguments = words.rest
     if words.help:
         return show_help(name, command, arguments)
+    known = [*leaf_types(command.options), *command.flags, "cpu_devices", "traceback"]
+    if single := [word for word in words.arguments if word.startswith("-") and len(word) > 1]:
+        rule = f"options begin with two dashes{nearest(single[0].lstrip('-'), known)}"
+        raise ConfigError("argument", shown(single[0]), rule)
     if command.argument and not arguments:
         raise ConfigError(command.argument, "(nothing)", f"must be given: {command.argument_help}")
     if not command.takes_many and (surplus := arguments[1 if command.argument else 0 :]):
         rule = f"one argument too many: moejax {name} takes {command.argument or 'none'}"
         raise ConfigError("argument", shown(surplus[0]), rule)
-    options = dict(words.options)
-    known = [*leaf_types(command.options), *command.flags, "cpu_devices", "traceback"]
-    for option, value in options.items():
+    options = {}
+    for option, value in words.options.items():
         if option not in known:
-            raise unknown_field(option, value, known)
+            raise unknown_field(option, "(nothing)" if value is None else value, known)
+        if value is None:
+            flag = f"--{option}" if command.options is TrainConfig else f"--{option.replace('_', '-')}"
+            raise ConfigError(flag, "(nothing)", f"needs a value; write {flag}=VALUE if it begins with --")
+        options[option] = value
     if (cpu_devices := options.pop("cpu_devices", None)) is not None:
+        if name == "launch":
+            rule = "has no meaning for launch; write --devices-per-process, how many CPU devices each process has"
+            raise ConfigError("--cpu-devices", shown(cpu_devices), rule)
         use_cpu_devices(cpu_devices)
     return command.run(arguments if command.takes_many else "".join(arguments), options)

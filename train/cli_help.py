@@ -52,7 +52,7 @@ def show_help(name: str, command: Command, arguments: list[str]) -> int:
             prog=f"moejax {name} {command.argument or ''}".strip(),
             description=f"{description} Everywhere: --cpu-devices N, --traceback.",
             args=["--help"],
-            use_underscores=True,
+            use_underscores=name == "train",  # fields of a config are spelt as in Python
             config=(tyro.conf.FlagConversionOff,),
         )
     except SystemExit as end:

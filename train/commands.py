@@ -13,10 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from train.config import TrainConfig
-from train.errors import ConfigError, TrainingFailed
+from train.errors import ConfigError, OthersLost, TrainingFailed
 from train.fields import convert, nearest, override, shown
 
 MAX_CPU_DEVICES = 4096
+
+# How the runtime begins its error where a device's memory does not suffice.
+_NO_MEMORY = "RESOURCE_EXHAUSTED"
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,9 @@ def _train(argument: str, options: Mapping[str, str]) -> int:
     try:
         train(config, name)
     except (OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
-        raise TrainingFailed(str(error).partition("\n")[0] or type(error).__name__) from error
+        text = str(error).partition("\n")[0] or type(error).__name__
+        is_own = not isinstance(error, jax.errors.JaxRuntimeError) or text.startswith(_NO_MEMORY)
+        raise (TrainingFailed if is_own or jax.process_count() == 1 else OthersLost)(text) from error
     return 0
 
 
@@ -142,7 +147,7 @@ def _generate(argument: str, options: Mapping[str, str]) -> int:
     ]
     for name, is_kept, rule in rules:
         if not is_kept:
-            raise ConfigError(f"--{name}", shown(getattr(chosen, name)), rule)
+            raise ConfigError(f"--{name.replace('_', '-')}", shown(getattr(chosen, name)), rule)
     _check_run_directory(argument)
 
     from train.generate import generate_run
@@ -193,7 +198,7 @@ def _launch(words: Sequence[str], options: Mapping[str, str]) -> int:
     from train.launch import launch
 
     chosen = override(LaunchOptions(), options, prefix="--")
-    for name, value in (("processes", chosen.processes), ("devices_per_process", chosen.devices_per_process)):
+    for name, value in (("processes", chosen.processes), ("devices-per-process", chosen.devices_per_process)):
         if value is not None and not 1 <= value <= MAX_CPU_DEVICES:
             raise ConfigError(f"--{name}", value, f"must be between 1 and {MAX_CPU_DEVICES}")
     if words[0] != "train":

@@ -1,5 +1,7 @@
 """The errors that end a run, each with its exit code."""
 
+import signal
+
 
 class RunError(Exception):
     """Base: `exit_code` is what the process ends with, the message is one line."""
@@ -45,6 +47,16 @@ class NotFinite(TrainingFailed):
         self.next_batch = 0
         self.stopping = False
         super().__init__(message)
+
+
+class OthersLost(TrainingFailed):
+    """The devices of several processes no longer work together: most likely another process has ended.
+
+    The exit code is that of jax's own runtime where it finds this out first, so that whoever started the processes can
+    tell the victims from the cause.
+    """
+
+    exit_code = 128 + signal.SIGABRT
 
 
 class Interrupted(RunError):

@@ -22,6 +22,8 @@ T = TypeVar("T")
 _ALIKE = 0.4
 # So many names can be listed in one line.
 _FEW = 12
+# Usual short names of fields.
+_USUAL = {"lr": "learning_rate", "bs": "batch_size", "wd": "weight_decay"}
 _NONE_WORDS = ("None", "null")
 _TRUTH = {"true": True, "false": False}
 
@@ -113,17 +115,20 @@ def unknown_field(field: str, value: object, known: Iterable[str]) -> ConfigErro
     """The error for a field that does not exist, with the nearest one that does."""
     known = list(known)
     if group := [name.removeprefix(f"{field}.") for name in known if name.startswith(f"{field}.")]:
-        return ConfigError(field, shown(value), f"is a group of fields: {', '.join(group)}")
+        more = f" and {len(group) - _FEW} more" if len(group) > _FEW else ""
+        return ConfigError(field, shown(value), f"is a group of fields: {', '.join(group[:_FEW])}{more}")
     return ConfigError(field, shown(value), f"no such field{nearest(field, known)}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; the nearest is …`: the known name most like this one; where none is like it, all of a few, else nothing.
 
-    A known name that ends in the same part (`top_k`, `model.moe.top_k`) is nearer than one spelt alike.
+    A known name that ends in the same part (`top_k`, `model.moe.top_k`), or in what it is usually short for (`lr`), is
+    nearer than one spelt alike.
     """
     known = list(known)
     last = name.rsplit(".", 1)[-1].lstrip("-")
+    last = _USUAL.get(last, last)
     same_ending = [other for other in known if other.rsplit(".", 1)[-1].lstrip("-") == last]
     match = difflib.get_close_matches(name, same_ending or known, n=1, cutoff=0.0 if same_ending else _ALIKE)
     if match:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
-from train.errors import TrainingFailed
+from train.errors import OthersLost, RunError, TrainingFailed
 from train.place import COORDINATOR, DEVICES, LAUNCHER, NEIGHBOURS, PROCESS_ID, PROCESSES
 
 GRACE_SECONDS = 15
@@ -29,11 +29,20 @@ LAST_LINES = 8
 
 # Exit codes of processes that a signal has stopped in order: all of them are about to end by themselves.
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
-# Signals no process ends by because another one has died. The victims may be seen to end first: the kernel closes a
-# killed process's connections before it tells the parent.
-_CAUSES = tuple(
-    -number for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
-)
+# How a process ends because another one has: by jax's runtime, or as `OthersLost`.
+_VICTIM = (-signal.SIGABRT, OthersLost.exit_code)
+# What Gloo writes to stdout for each group of processes that it connects.
+_NOISE = "[Gloo] Rank "
+
+
+class StoppedAtOnce(RunError):
+    """The same signal came twice: all processes were killed, the last complete checkpoint is intact."""
+
+    def __init__(self, number: int):
+        self.exit_code = 128 + number
+        super().__init__(
+            f"stopped at once by signal {number}; the same command goes on from the last checkpoint"
+        )
 
 
 class Worker:
@@ -44,7 +53,7 @@ class Worker:
       command: what it runs.
       environment: its whole environment.
       log: where its output goes once the run's directory is there, for nothing is written before the input is sound.
-        Unset: the terminal.
+        Unset: the terminal; what it writes to stdout without the lines of `_NOISE`.
     """
 
     def __init__(
@@ -57,15 +66,21 @@ class Worker:
             command,
             env=dict(environment),
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE if log else None,
+            stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT if log else None,
             text=True,
             errors="replace",
             start_new_session=True,
         )
-        self._reader = threading.Thread(target=self._read, daemon=True) if log else None
-        if self._reader:
-            self._reader.start()
+        self._reader = threading.Thread(target=self._read if log else self._show, daemon=True)
+        self._reader.start()
+
+    def _show(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if not line.startswith(_NOISE):
+                sys.stdout.write(line)
+                sys.stdout.flush()
 
     def _read(self) -> None:
         assert self.process.stdout is not None and self.log is not None
@@ -89,8 +104,8 @@ class Worker:
     def end(self) -> int:
         """Wait for it and for all it wrote; the exit code as a shell gives it."""
         code = self.process.wait()
-        if self._reader and self.process.stdout:
-            self._reader.join()
+        self._reader.join()
+        if self.process.stdout:
             self.process.stdout.close()
         return 128 - code if code < 0 else code
 
@@ -109,6 +124,7 @@ def launch(words: Sequence[str], processes: int, devices: int | None) -> int:
       0; 2 for bad input; 128 + signal when the run was stopped by one, after a checkpoint.
 
     Raises:
+      StoppedAtOnce: the same signal came again.
       TrainingFailed: a process died; names it and shows its last lines.
     """
     coordinator = f"127.0.0.1:{_free_port()}"
@@ -131,10 +147,19 @@ def launch(words: Sequence[str], processes: int, devices: int | None) -> int:
         log = logs / f"process-{number}.txt" if number else None
         workers.append(Worker(number, command, environment, log))
 
+    asked: set[int] = set()
+
     def pass_on(number: int, _: FrameType | None) -> None:
         # jax listens for SIGTERM only, and tells all processes once one has it.
+        again = number in asked and number != signal.SIGUSR1
+        asked.add(number)
+        if not again and number != signal.SIGUSR1:
+            # Not print: the signal may have come while a line is written.
+            os.write(2, f"signal {number}: a checkpoint is written; the same again stops at once\n".encode())
         for worker in workers:
-            worker.signal(signal.SIGTERM)
+            worker.signal(signal.SIGKILL if again else signal.SIGTERM)
+        if again:
+            raise StoppedAtOnce(number)
 
     previous = {
         number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -142,7 +167,7 @@ def launch(words: Sequence[str], processes: int, devices: int | None) -> int:
     try:
         dead = _wait_for_first_failure(workers)
         if dead is not None and dead.process.returncode not in _STOPPED:
-            dead = _stop_all(workers) or dead
+            dead = _stop_all(workers, dead)
         codes = [worker.end() for worker in workers]
     finally:
         for worker in workers:
@@ -172,19 +197,25 @@ def _wait_for_first_failure(workers: Sequence[Worker]) -> Worker | None:
         time.sleep(0.05)
 
 
-def _stop_all(workers: Sequence[Worker]) -> Worker | None:
+def _stop_all(workers: Sequence[Worker], first: Worker) -> Worker:
     """Let the others find out by themselves, then end them: nobody may be left behind.
 
     Returns:
-      The one that was killed or crashed, and so is the cause whichever was seen to end first; None without one.
+      The one that is the cause. It need not be the `first` that was seen to end: the kernel closes a process's
+      connections before it tells the parent that it has ended, so its victims may be faster.
     """
     deadline = time.monotonic() + GRACE_SECONDS
     while time.monotonic() < deadline and any(worker.process.poll() is None for worker in workers):
         time.sleep(0.05)
-    cause = next((worker for worker in workers if worker.process.poll() in _CAUSES), None)
+    ended = [worker for worker in (first, *workers) if worker.process.poll() not in (0, None)]
     for worker in workers:
         worker.signal(signal.SIGKILL)
-    return cause
+    return min(ended, key=lambda worker: _likelihood(worker.process.returncode))
+
+
+def _likelihood(code: int) -> int:
+    """The lower, the likelier a process that ended so is the cause: killed or crashed, failed, a victim."""
+    return 2 if code in _VICTIM else int(code > 0)
 
 
 def _log_folder(words: Sequence[str]) -> pathlib.Path:

@@ -31,7 +31,7 @@ from train.data import (
     validation_batches,
 )
 from train.errors import ConfigError, Interrupted, NotFinite
-from train.evaluate import evaluate
+from train.evaluate import Evaluation, evaluate
 from train.feed import abstract_batch, device_batch, process_rows
 from train.fields import flatten
 from train.lock import lock_run
@@ -42,6 +42,7 @@ from train.program import make_program
 from train.reporter import Reporter
 from train.selfcheck import check_collectives, check_devices
 from train.signals import Stop, stop_signals
+from train.step import TrainState
 from train.validation import validate
 from train.watchdog import Watchdog
 
@@ -62,8 +63,9 @@ def train(config: TrainConfig, name: str) -> None:
       Interrupted: a signal, after a checkpoint.
     """
     check_devices()
-    validate(config, jax.device_count())
-    workdir = _workdir(config, name)
+    with processes.refusing_together():
+        validate(config, jax.device_count())
+        workdir = _workdir(config, name)
     failure = None
     for attempt in range(MAX_ROLLBACKS + 1):
         try:
@@ -77,27 +79,15 @@ def train(config: TrainConfig, name: str) -> None:
 def _train(config: TrainConfig, workdir: Path, failure: NotFinite | None) -> None:
     """One attempt; after a `failure` the data goes on behind the batch that it came from."""
     # ---- input: everything that can be refused is refused before the workdir exists ----
-    earlier = earlier_config(workdir)
-    config = with_absolute_paths(config, earlier)
-    if earlier is not None:
-        refuse_other_run(workdir, earlier, config)
-    tokenizer = build_tokenizer(config.data)
-    _check_vocabulary(config, tokenizer)
-    corpus = load_corpus(config.data, tokenizer)
-    batch_size, sequence_length = config.data.batch_size, config.data.sequence_length
-    mesh = make_mesh(config.mesh)
-    rows = process_rows(mesh, batch_size)
-    batches = TrainingBatches(
-        corpus, batch_size=batch_size, sequence_length=sequence_length, seed=config.seed, rows=rows
-    )
-    processes.require_agreement(
-        {
-            **{name: repr(value) for name, value in flatten(config).items()},
-            "versions": processes.versions(),
-            "data.path": corpus.content_hash,
-            "data.tokenizer": corpus.tokenizer_hash,
-        }
-    )
+    with processes.refusing_together():
+        config, tokenizer, corpus = _read_input(config, workdir)
+        mesh = make_mesh(config.mesh)
+        batch_size, sequence_length = config.data.batch_size, config.data.sequence_length
+        rows = process_rows(mesh, batch_size)
+        batches = TrainingBatches(
+            corpus, batch_size=batch_size, sequence_length=sequence_length, seed=config.seed, rows=rows
+        )
+    _require_agreement(config, corpus)
     program = make_program(config, tokenizer.vocab_size, mesh)
     speeds = check_collectives(mesh) if _needs_check(mesh) else []
 
@@ -105,9 +95,10 @@ def _train(config: TrainConfig, workdir: Path, failure: NotFinite | None) -> Non
         stack.enter_context(closing(batches))
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(product_precision(config))
-        _make_directory(workdir)
-        if processes.is_first():
-            stack.enter_context(lock_run(workdir))
+        with processes.refusing_together():
+            _make_directory(workdir)
+            if processes.is_first():
+                stack.enter_context(lock_run(workdir))
         stop = stack.enter_context(stop_signals())
 
         # ---- restore, or begin ----
@@ -119,12 +110,13 @@ def _train(config: TrainConfig, workdir: Path, failure: NotFinite | None) -> Non
             rule = f"must be at least {first}, which this run has already done"
             raise ConfigError("steps", config.steps, rule)
         # Only now is nothing left that could refuse to go on: a refused resume leaves the run as it was.
-        if processes.is_first():
-            save_config(config, workdir / "config.yaml")
-            tokenizer.save(workdir)
+        with processes.refusing_together():
+            if processes.is_first():
+                save_config(config, workdir / "config.yaml")
+                tokenizer.save(workdir)
+            monitor = _monitor(workdir, config, program.spec, mesh, first)
 
         # ---- reports ----
-        monitor = _monitor(workdir, config, program.spec, mesh, first)
         stack.push(monitor)
         for record in warnings:
             log.handle(record)
@@ -156,11 +148,11 @@ def _train(config: TrainConfig, workdir: Path, failure: NotFinite | None) -> Non
             is_best = is_late = False
             if last or _due(step, config.eval.every):
                 reporter.flush()
+                part = config.eval.max_batches
                 with monitor.paused(), watchdog.paused():
-                    part = config.eval.max_batches
-                    whole = None if last else part
                     if last and part is not None:
                         log.info("evaluating on the whole validation split")
+                    whole = None if last else part
                     split = validation_batches(corpus, batch_size, sequence_length, whole, rows)
                     total = num_validation_batches(corpus, batch_size, sequence_length, whole)
                     progress = partial(monitor.evaluating, total=total)
@@ -175,11 +167,7 @@ def _train(config: TrainConfig, workdir: Path, failure: NotFinite | None) -> Non
                     extra |= evaluation.standing(part)
                     if config.checkpoint.every > 0:
                         is_best = processes.from_first(checkpoints.would_be_best(extra))
-                experts: dict[str, Any] = {}
-                if evaluation.experts is not None:
-                    experts = evaluation.experts.metrics(jax.device_get(state.first_MW))
-                    state = dataclasses.replace(state, first_MW=evaluation.experts.first_MW)
-                monitor.evaluation(step, evaluation.loss(), experts)
+                state = _report_evaluation(monitor, step, evaluation, state)
 
             stopping = stop.after(step)
             minutes = config.checkpoint.every_minutes
@@ -198,6 +186,45 @@ def _train(config: TrainConfig, workdir: Path, failure: NotFinite | None) -> Non
                 raise Interrupted(stop.number, step)
         with watchdog.paused():
             checkpoints.wait()
+
+
+def _read_input(config: TrainConfig, workdir: Path) -> tuple[TrainConfig, Tokenizer, Corpus]:
+    """The config with absolute paths, and the data it names.
+
+    Raises:
+      ConfigError: the data cannot be used, or the workdir is that of another run.
+    """
+    earlier = earlier_config(workdir)
+    config = with_absolute_paths(config, earlier)
+    if earlier is not None:
+        refuse_other_run(workdir, earlier, config)
+    tokenizer = build_tokenizer(config.data)
+    _check_vocabulary(config, tokenizer)
+    return config, tokenizer, load_corpus(config.data, tokenizer)
+
+
+def _require_agreement(config: TrainConfig, corpus: Corpus) -> None:
+    """Config, versions and data must be the same in all processes."""
+    processes.require_agreement(
+        {
+            **{name: repr(value) for name, value in flatten(config).items()},
+            "versions": processes.versions(),
+            "data.path": corpus.content_hash,
+            "data.tokenizer": corpus.tokenizer_hash,
+        }
+    )
+
+
+def _report_evaluation(
+    monitor: Monitor | Bystander, step: int, evaluation: Evaluation, state: TrainState
+) -> TrainState:
+    """Log it; the state with the watched tokens' first choices at this evaluation."""
+    experts: dict[str, Any] = {}
+    if evaluation.experts is not None:
+        experts = evaluation.experts.metrics(jax.device_get(state.first_MW))
+        state = dataclasses.replace(state, first_MW=evaluation.experts.first_MW)
+    monitor.evaluation(step, evaluation.loss(), experts)
+    return state
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import optax
 import optax.contrib
@@ -32,6 +34,12 @@ def make_schedule(config: OptimizerConfig, steps: int, peak: float | None = None
     else:
         decay = optax.constant_schedule(peak)
     return optax.join_schedules([warmup, decay], [config.warmup_steps])
+
+
+def updates_done(opt_state: Any) -> jax.Array:
+    """How many updates the optimizer counts, i32: behind the step once a batch has been skipped."""
+    counts = optax.tree_utils.tree_get_all_with_path(opt_state, "count")
+    return counts[0][1]
 
 
 def make_optimizer(config: OptimizerConfig, steps: int, spec: ModelSpec) -> optax.GradientTransformation:

@@ -56,19 +56,21 @@ def find_place(options: Mapping[str, str], environment: Mapping[str, str] = os.e
         return None
     for name, value in given.items():
         if not value:
-            raise ConfigError(f"--{name}", "(nothing)", f"must be given along with {', '.join(names)}")
+            flags = [f"--{flag.replace('_', '-')}" for flag in names]
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(flag, "(nothing)", f"must be given along with {', '.join(flags)}")
     coordinator = str(given["coordinator"])
     host, colon, port = coordinator.rpartition(":")
     if not (host and colon and port.isdecimal() and 0 < int(port) < 2**16):
         raise ConfigError("--coordinator", coordinator, "must be HOST:PORT of process 0")
     processes, process_id = (
         _number("--processes", given["processes"]),
-        _number("--process_id", given["process_id"]),
+        _number("--process-id", given["process_id"]),
     )
     if processes < 1:
         raise ConfigError("--processes", processes, "must be at least 1")
     if process_id >= processes:
-        raise ConfigError("--process_id", process_id, f"must be below --processes ({processes})")
+        raise ConfigError("--process-id", process_id, f"must be below --processes ({processes})")
     return Place(coordinator, processes, process_id, *_neighbourhood(environment), coordinator)
 
 

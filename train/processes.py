@@ -5,23 +5,26 @@ The coordinator is a service inside process 0. Every process connects to it once
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import importlib.metadata
 import itertools
 import json
+import logging
 import os
 import signal
 import socket
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from train.errors import ConfigError
+from train.errors import ConfigError, TrainingFailed
 from train.fields import shown
 from train.place import LAUNCHER, Place, find_place, gpu_of, open_mpi_place, slurm_place
 
@@ -29,8 +32,10 @@ HEARTBEAT_SECONDS = 30
 """After so long without a sign of life a process counts as lost, and all others end."""
 PARTING_SECONDS = 30
 """How long a process that ends waits for the others to end too; then they count as told, and end."""
-CONNECT_SECONDS = 60
-"""How long a process tries to reach the coordinator before it gives up."""
+CONNECT_SECONDS = 180
+"""How long the processes of a run wait for each other at its begin."""
+PATIENCE_SECONDS = 10
+"""How long a process waits for others before it says so."""
 
 COMPILE_SECONDS = 1800
 """How long a process waits for the others to compile."""
@@ -38,6 +43,8 @@ COMPILE_SECONDS = 1800
 _SIGNAL_AT_PARENTS_DEATH = 1  # PR_SET_PDEATHSIG
 
 _meetings = itertools.count()
+
+log = logging.getLogger("moejax")
 
 
 def join(options: Mapping[str, str], environment: Mapping[str, str] = os.environ) -> None:
@@ -59,20 +66,21 @@ def join(options: Mapping[str, str], environment: Mapping[str, str] = os.environ
     if place.processes == 1:
         return
     gpu = gpu_of(place, environment)
-    if place.process_id > 0:
-        _wait_for_coordinator(place)
     try:
-        jax.distributed.initialize(
-            place.coordinator,
-            place.processes,
-            place.process_id,
-            local_device_ids=gpu,
-            cluster_detection_method="deactivate",
-            initialization_timeout=CONNECT_SECONDS,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=PARTING_SECONDS,
-            coordinator_bind_address=place.listens_on,
-        )
+        with _saying_what_it_waits_for(place):
+            if place.process_id > 0:
+                _wait_for_coordinator(place)
+            jax.distributed.initialize(
+                place.coordinator,
+                place.processes,
+                place.process_id,
+                local_device_ids=gpu,
+                cluster_detection_method="deactivate",
+                initialization_timeout=CONNECT_SECONDS,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+                shutdown_timeout_seconds=PARTING_SECONDS,
+                coordinator_bind_address=place.listens_on,
+            )
     except (ValueError, RuntimeError) as error:  # such as a port in use
         reason = str(error).partition("\n")[0]
         rule = f"process {place.process_id} could not join there: {reason}"
@@ -101,6 +109,26 @@ def _join_on_kubernetes() -> None:
             f"Kubernetes started processes, but they do not find each other ({error}); say where process 0 is"
         )
         raise ConfigError("--coordinator", "(nothing)", rule) from error
+
+
+@contextlib.contextmanager
+def _saying_what_it_waits_for(place: Place) -> Iterator[None]:
+    """Warn once if the block, in which all processes meet, takes long."""
+    whom = (
+        f"process 0 at {place.coordinator}"
+        if place.process_id
+        else f"all {place.processes - 1} others to come to {place.coordinator}"
+    )
+    message = (
+        f"process {place.process_id} of {place.processes} waits for {whom}, up to {CONNECT_SECONDS:.0f} s"
+    )
+    timer = threading.Timer(PATIENCE_SECONDS, log.warning, [message])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _wait_for_coordinator(place: Place) -> None:
@@ -205,6 +233,42 @@ def _client() -> Any:
 def new_topic(name: str) -> str:
     """A topic that has not been used; all processes must ask for the same ones in the same order."""
     return f"{name}/{next(_meetings)}"
+
+
+@contextlib.contextmanager
+def refusing_together() -> Iterator[None]:
+    """A block in which one process alone may find bad input, or fail: then all end by its error. All must enter it.
+
+    Nothing in the block may wait for other processes.
+
+    Raises:
+      ConfigError: the first process to have one has refused its input.
+      TrainingFailed: the first process to have an error could not go on.
+    """
+    mine: ConfigError | TrainingFailed | OSError | None = None
+    try:
+        yield
+    except (ConfigError, TrainingFailed, OSError) as error:
+        if jax.process_count() == 1:
+            raise
+        mine = error
+    if jax.process_count() == 1:
+        return
+    topic = new_topic("refusal")
+    parts = [mine.field, str(mine.value), mine.rule] if isinstance(mine, ConfigError) else [str(mine)]
+    everyone = exchange_texts(json.dumps(parts if mine else None), topic)
+    refusals = [(number, json.loads(text)) for number, text in enumerate(everyone or [])]
+    number, first = json.loads(
+        tell_all(json.dumps(next((one for one in refusals if one[1]), (0, None))), topic)
+    )
+    if first is None:
+        return
+    if number == jax.process_index() and mine is not None:
+        raise mine
+    if len(first) == 1:
+        raise TrainingFailed(f"process {number}: {first[0]}") from mine
+    field, value, rule = first
+    raise ConfigError(field, value, f"{rule} (seen by process {number})") from mine
 
 
 def require_agreement(texts: Mapping[str, str]) -> None:

@@ -23,6 +23,7 @@ from train.balance import moe_metrics
 from train.finite import FiniteCheck
 from train.model import ModelSpec
 from train.observe import NEVER, WATCHED_TOKENS
+from train.optimizer import updates_done
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, Any]
@@ -171,7 +172,7 @@ def make_train_step(
             "loss": jnp.sum(reports["loss"]),
             "aux_loss": jnp.sum(reports["aux_loss"]),
             "grad_norm": optax.tree.norm(grads),
-            "learning_rate": schedule(state.step),
+            "learning_rate": schedule(updates_done(state.opt_state)),
             "finite_layers": jnp.all(reports["finite_layers"], axis=0),
             "finite_grads": check_finite(grads),
             **moe,

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from train.errors import ConfigError
-
 
 @dataclass
 class Words:
     """The parts of a command line.
 
     Fields:
+      options: what was given by name; None where the value is missing.
       rest: what comes behind `launch` and its options: a command line of its own.
     """
 
     arguments: list[str] = field(default_factory=list)
-    options: dict[str, str] = field(default_factory=dict)
+    options: dict[str, str | None] = field(default_factory=dict)
     rest: list[str] = field(default_factory=list)
     help: bool = False
     version: bool = False
@@ -26,10 +25,7 @@ class Words:
 def take_apart(argv: list[str], words: Words) -> None:
     """Sort a command line into arguments, `--option value` pairs and flags, in any order.
 
-    Dashes in option names become underscores. `words` is filled as far as the line is sound.
-
-    Raises:
-      ConfigError: an option without its value.
+    Dashes in option names become underscores.
     """
     words.traceback = "--traceback" in argv
     waiting = list(reversed(argv))
@@ -47,8 +43,7 @@ def take_apart(argv: list[str], words: Words) -> None:
         else:
             name, equals, value = word[2:].partition("=")
             if not equals:
-                if not waiting or waiting[-1].startswith("--"):
-                    rule = f"needs a value; write --{name}=VALUE if the value begins with --"
-                    raise ConfigError(f"--{name}", "(nothing)", rule)
-                value = waiting.pop()
-            words.options[name.replace("-", "_")] = value
+                is_missing = not waiting or waiting[-1].startswith("--")
+                words.options[name.replace("-", "_")] = None if is_missing else waiting.pop()
+            else:
+                words.options[name.replace("-", "_")] = value

@@ -35,7 +35,7 @@ def test_auto_takes_the_gather_where_a_token_goes_everywhere(top_k, expected):
         bucket_rows=round(1.15 * share * 1024),
         share=share,
         devices=8,
-        row_bytes=4096,
+        row_bytes=(4096, 4096),
         top_k=top_k,
     )
     assert name == expected == min(seconds, key=seconds.get)

@@ -19,6 +19,24 @@ def write_config(folder, **fields):
     return small.write_config(folder / "small.py", dataclasses.replace(base, data=data, **fields))
 
 
+# A step as slow as one of a real model: what a test does at some step must reach the run before it has ended.
+PACED = """
+import time
+from train.data import batches
+
+take = batches.TrainingBatches.__next__
+batches.TrainingBatches.__next__ = lambda self: time.sleep(0.25) or take(self)
+
+"""
+
+
+def paced(config):
+    """The same run, by a config file of its own, with steps of a quarter of a second."""
+    slow = config.with_name(f"paced_{config.name}")
+    slow.write_text(PACED + config.read_text())
+    return slow
+
+
 def start(*words, command=COMMAND, env=None):
     return subprocess.Popen(
         [*command, *map(str, words)],
@@ -29,7 +47,7 @@ def start(*words, command=COMMAND, env=None):
     )
 
 
-def run(*words, code=0, command=COMMAND, env=None, timeout=240):
+def run(*words, code=0, command=COMMAND, env=None, timeout=480):
     """The output of a command that must end with this code."""
     process = start(*words, command=command, env=env)
     output = process.communicate(timeout=timeout)[0]
@@ -44,7 +62,7 @@ def launched(processes, devices, config, workdir, *options):
 
 
 def wait_for_step(workdir, step, process):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         path = workdir / "metrics.jsonl"
         if path.exists() and f'"step": {step},' in path.read_text():
@@ -55,8 +73,14 @@ def wait_for_step(workdir, step, process):
 
 
 def children(process):
+    """The ids of the processes that a launcher has started, by their number in the run."""
     found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
-    return sorted(int(pid) for pid in found.stdout.split())
+    return sorted((int(pid) for pid in found.stdout.split()), key=_number_in_run)
+
+
+def _number_in_run(pid):
+    variables = pathlib.Path(f"/proc/{pid}/environ").read_text().split("\0")
+    return next(int(text.partition("=")[2]) for text in variables if text.startswith("MOEJAX_PROCESS_ID="))
 
 
 def is_gone(pid):

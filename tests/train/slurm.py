@@ -1,4 +1,7 @@
-"""A real Slurm on this machine, for one test: munge, controller and one node, all files in one folder."""
+"""A real Slurm on this machine, for one test or one command: munge, controller and one node, all files in one folder.
+
+python -m tests.train.slurm srun -n 2 moejax train quickstart --workdir runs/slurm --cpu-devices 1
+"""
 
 import contextlib
 import os
@@ -6,6 +9,8 @@ import pathlib
 import secrets
 import socket
 import subprocess
+import sys
+import tempfile
 import time
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sinfo")
@@ -81,7 +86,7 @@ def answer(command, env):
     return subprocess.run(command, env=os.environ | env, capture_output=True, text=True).stdout
 
 
-def wait_until(condition, seconds=60):
+def wait_until(condition, seconds=180):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "Slurm does not come up"
@@ -92,3 +97,8 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as place, slurm(pathlib.Path(place)) as variables:
+        sys.exit(subprocess.run(sys.argv[1:], env=os.environ | variables).returncode)

@@ -106,6 +106,17 @@ def test_train_again_from_the_yaml_of_a_run(trained, run_directory):
             "train quickstart --model.moe.topk 2",
             "model.moe.topk = 2: no such field; the nearest is model.moe.top_k",
         ),
+        ("train quickstart --foo", "foo = (nothing): no such field"),
+        (
+            "train quickstart -steps 3",
+            "argument = -steps: options begin with two dashes; the nearest is steps",
+        ),
+        ("train quickstart --lr 1", "lr = 1: no such field; the nearest is optimizer.learning_rate"),
+        (
+            "launch --cpu-devices 2 train quickstart",
+            "--cpu-devices = 2: has no meaning for launch; write --devices-per",
+        ),
+        ("launch --devices_per_process 0 train x", "--devices-per-process = 0: must be between"),
         ("train quickstart --cpu-device 2", "cpu_device = 2: no such field; the nearest is cpu_devices"),
         ("train quickstart --cpu-devices 0", "--cpu-devices = 0: must be between 1 and 4096"),
         ("train quickstart --cpu-devices many", "--cpu-devices = many: must be an integer"),
@@ -119,8 +130,8 @@ def test_train_again_from_the_yaml_of_a_run(trained, run_directory):
             "generate run --prompt a --temperature -1",
             "--temperature = -1.0: must be a finite number of at least 0",
         ),
-        ("generate run --prompt a --top_p 0", "--top_p = 0.0: must be above 0 and at most 1"),
-        ("generate run --prompt a --max-tokens 0", "--max_tokens = 0: must be between 1 and 2147483647"),
+        ("generate run --prompt a --top_p 0", "--top-p = 0.0: must be above 0 and at most 1"),
+        ("generate run --prompt a --max-tokens 0", "--max-tokens = 0: must be between 1 and 2147483647"),
         (
             "generate run --prompt a --temprature 1",
             "temprature = 1: no such field; the nearest is temperature",

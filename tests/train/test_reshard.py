@@ -11,7 +11,7 @@ import moejax
 from tests import tolerance
 from tests.train import small
 from train.checkpoint import Checkpoints
-from train.config import CheckpointConfig
+from train.config import CheckpointConfig, MeshConfig
 from train.feed import device_batch
 from train.leaves import named_leaves
 from train.program import make_program
@@ -23,13 +23,20 @@ LAYOUTS = {
     "data 4": dict(data=4),
     "data 2, expert 2": dict(data=2, expert=2),
     "expert 4": dict(expert=4),
+    "tensor 2": dict(tensor=2),
+    "tensor 2, expert 2": dict(tensor=2, expert=2),
+    "2 nodes of 2 experts": dict(expert_node=2, expert=2),
+    "data 2, expert 2, fsdp": dict(data=2, expert=2, fsdp=True),
 }
+QUICK = ("one device", "tensor 2, expert 2", "2 nodes of 2 experts")
 
 
 def program_on(layout):
     axes = {"data": 1} | LAYOUTS[layout]
+    run = small.config(mesh=MeshConfig(**axes))
+    axes.pop("fsdp", None)
     mesh = moejax.make_mesh(**axes, devices=jax.devices()[: int(np.prod(list(axes.values())))])
-    return make_program(small.config(), small.VOCAB, mesh)
+    return make_program(run, small.VOCAB, mesh)
 
 
 def steps(program, state, numbers):
@@ -58,7 +65,9 @@ def saved(directory, state, layout):
         checkpoints.save(3, jax.device_put(state, shardings), {}, {})
 
 
-@pytest.mark.parametrize("source", LAYOUTS)
+@pytest.mark.parametrize(
+    "source", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in LAYOUTS]
+)
 def test_bitwise_on_every_other_layout(tmp_path, trained, source):
     saved(tmp_path, trained, source)
     expected = {name: np.asarray(leaf).tobytes() for name, leaf in named_leaves(trained).items()}
@@ -79,7 +88,7 @@ def test_the_loss_goes_on_within_rounding(tmp_path, trained):
     _, expected = steps(program, jax.device_put(trained), range(3, 9))
     saved(tmp_path, trained, "data 2, expert 2")
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
-        for target in ("expert 4", "data 4", "expert 2"):
+        for target in ("expert 4", "data 4", "tensor 2, expert 2", "2 nodes of 2 experts"):
             program = program_on(target)
             _, state, _, _ = checkpoints.restore(program.abstract_state)
             tolerance.assert_close(

@@ -47,13 +47,14 @@ def test_slurm(place, tmp_path):
     folder, config, one = place
     words = ("train", config, "--workdir", folder / "slurm", *OPTIONS, 2)
     srun = ("srun", "-n", "2", *launching.COMMAND)
+    paced = ("train", launching.paced(config), *words[2:])
     with slurm.slurm(tmp_path) as env:
-        process = launching.start(*words, command=srun, env=env)
+        process = launching.start(*paced, command=srun, env=env)
         launching.wait_for_step(folder / "slurm", 8, process)
         # As `--signal=USR1@120` does before the time limit.
         job = slurm.answer(["squeue", "-h", "-o", "%A"], env).strip()
         subprocess.run(["scancel", "--signal=USR1", job], env=os.environ | env, check=True)
-        output = process.communicate(timeout=120)[0]
+        output = process.communicate(timeout=240)[0]
         assert process.returncode == 143 and "stopped by signal 15" in output, output
         output = launching.run(*words, command=srun, env=env)
     assert "going on after step" in output and "self-check: expert all-to-all" in output
@@ -65,10 +66,10 @@ def test_open_mpi(place):
     folder, config, one = place
     words = ("train", config, "--workdir", folder / "mpi", *OPTIONS, 2)
     mpirun = ("mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", *launching.COMMAND)
-    process = launching.start(*words, command=mpirun)
+    process = launching.start("train", launching.paced(config), *words[2:], command=mpirun)
     launching.wait_for_step(folder / "mpi", 8, process)
     process.send_signal(signal.SIGUSR1)  # SIGTERM makes mpirun kill its processes within a second
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=240)[0]
     assert process.returncode == 143 and "stopped by signal 15" in output, output
     output = launching.run(*words, command=mpirun)
     assert "going on after step" in output and "self-check: expert all-to-all" in output

@@ -325,6 +325,10 @@ def test_a_batch_that_gives_nan_is_skipped_and_counted(caplog):
     assert warning.startswith("step 2: loss nan: ") and "the batch is skipped, the 1. one" in warning
     left = jax.device_get(trainer.state)
     assert left.step == 2
+    trainer.state = jax.device_put(dataclasses.replace(left, params=good.params))
+    warmup = run.optimizer.learning_rate / run.optimizer.warmup_steps
+    used = float(trainer.take(batch)["learning_rate"])
+    assert used == pytest.approx(2 * warmup, rel=1e-6), "that of the second update, not of the third step"
     jax.tree.map(np.testing.assert_array_equal, dataclasses.replace(left, step=good.step), spoiled_state)
 
 

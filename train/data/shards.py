@@ -43,8 +43,12 @@ def map_shards(files: Files, tokenizer: Tokenizer, digest: Any) -> Encoded:
 def _map_npy(field: str, path: Path) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ConfigError(field, path, f"is not a sound .npy file: {str(error).splitlines()[0]}") from error
+    except OSError as error:
+        rule = f"cannot be read: {error.strerror or str(error).splitlines()[0]}"
+        raise ConfigError(field, path, rule) from error
+    except (ValueError, EOFError) as error:
+        rule = "is not a sound .npy file of integers: of another kind, or cut short; write it with numpy.save"
+        raise ConfigError(field, path, rule) from error
     if array.ndim != 1 or array.dtype.kind not in "iu":
         rule = f"must be a one-dimensional array of integers, is {array.dtype} of shape {array.shape}"
         raise ConfigError(field, path, rule)

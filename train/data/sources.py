@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ _TEXT_SUFFIXES = frozenset(
 _KIND_OF_SUFFIX = {".jsonl": "jsonl", ".parquet": "parquet", ".npy": "npy", ".bin": "bin"}
 _KINDS_ALLOWED = "text, .jsonl, .parquet, .npy or .bin"
 _PARQUET_ROWS = 1024
+_LOOKED_AT = 1 << 16  # bytes at the beginning of a text file
+
+log = logging.getLogger("moejax")
 
 
 @dataclass(frozen=True)
@@ -98,10 +102,15 @@ def read_documents(files: Files, text_field: str) -> Iterator[Document]:
     if files.kind == "stdlib":
         yield from read_stdlib(files.field)
         return
+    warned = False
     for path in files.paths:
         try:
             if files.kind == "text":
-                yield Document(files.field, str(path), path.read_bytes())
+                content = path.read_bytes()
+                if not warned and not _looks_like_text(content):
+                    log.warning("%s: %s does not look like text; it is read byte by byte", files.field, path)
+                    warned = True  # not for each of thousands
+                yield Document(files.field, str(path), content)
             elif files.kind == "jsonl":
                 yield from _read_jsonl(files.field, path, text_field)
             else:
@@ -110,6 +119,13 @@ def read_documents(files: Files, text_field: str) -> Iterator[Document]:
             raise ConfigError(
                 files.field, path, f"cannot be read: {error.strerror or str(error).splitlines()[0]}"
             ) from error
+
+
+def _looks_like_text(content: bytes) -> bool:
+    """Whether the beginning has no NUL byte and is, but for a tenth of its characters, UTF-8."""
+    begin = content[:_LOOKED_AT]
+    text = begin.decode("utf-8", "replace")
+    return b"\0" not in begin and text.count("\ufffd") <= len(text) / 10
 
 
 def _kind(file: Path) -> str | None:

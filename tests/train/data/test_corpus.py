@@ -151,6 +151,23 @@ def test_raw_bytes_are_legal_with_the_byte_tokenizer(tmp_path):
     assert bytes([*corpus.train.tokens(), *corpus.validation.tokens()]) == raw
 
 
+@pytest.mark.parametrize(
+    ("content", "is_warned"),
+    [
+        (b"caf\xe9 au lait " * 20, False),
+        ("naïve Ελληνικά 漢字 ".encode() * 20, False),
+        (bytes(range(128, 256)) * 9, True),
+        (b"text\0" * 9, True),
+    ],
+)
+def test_bytes_that_are_no_text_give_a_warning(tmp_path, caplog, content, is_warned):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_bytes(content)
+    load(tmp_path)
+    expected = f"data.path: {tmp_path / 'a.txt'} does not look like text; it is read byte by byte"
+    assert caplog.messages == [expected] * is_warned, "once for all files"
+
+
 def test_a_folder_leaves_out_the_unknown_and_the_hidden(tmp_path):
     (tmp_path / ".git").mkdir()
     for name in ("a.txt", "b.py", "c.md", "picture.png", "Makefile", ".hidden.txt", ".git/d.txt"):

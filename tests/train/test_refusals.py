@@ -1,0 +1,84 @@
+"""What a run refuses to begin with, and that it leaves everything as it was."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from train.config_io import find_config, save_config
+
+
+def test_another_tokenizer_under_the_same_name_is_refused(run, capsys, tmp_path):
+    path = tmp_path / "mine.json"
+    characters = sorted(set(run.text.read_text()))
+    path.write_text(json.dumps({"moejax_tokenizer": "char", "characters": "".join(characters)}))
+    assert run("--steps", 2, "--data.tokenizer", path) == 0
+    path.write_text(json.dumps({"moejax_tokenizer": "char", "characters": "".join([*characters, "%"])}))
+    assert run("--steps", 4, "--data.tokenizer", path) == 2
+    assert "error: data.tokenizer = " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "named"),
+    [
+        ("--seed", 1, "seed"),
+        ("--model.d_model", 32, "model.d_model"),
+        ("--data.batch_size", 16, "data.batch_size"),
+    ],
+)
+def test_another_run_in_the_same_workdir_is_refused(run, capsys, option, value, named):
+    (run.workdir).mkdir()
+
+    config = dataclasses.replace(find_config(str(run.config))[0], workdir=str(run.workdir))
+    save_config(config, run.workdir / "config.yaml")
+    assert run(option, value) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: workdir = ") and named in lines[0]
+    assert not (run.workdir / "metrics.jsonl").exists()
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(run, capsys):
+    assert run("--steps", 6) == 0
+    files = {
+        path: path.read_bytes() for path in run.workdir.rglob("*") if path.is_file() and path.name != ".lock"
+    }
+    assert run("--steps", 4) == 2
+    assert "error: steps = 4: must be at least 6" in capsys.readouterr().err
+    run.text.write_text(run.text.read_text().replace("quick", "qu1ck"))
+    assert run("--steps", 8) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: data.path = "), lines
+    assert all(path.read_bytes() == content for path, content in files.items())
+
+
+def test_a_workdir_that_cannot_be_made_is_bad_input(run, capsys):
+    run.workdir = run.workdir.with_name("file") / "below"
+    run.workdir.parent.write_text("in the way")
+    assert run() == 2
+    assert capsys.readouterr().err.startswith("error: workdir = ")
+
+
+def test_a_workdir_that_cannot_be_locked_is_bad_input(run, capsys):
+    (run.workdir / ".lock").mkdir(parents=True)
+    assert run() == 2
+    assert re.search(r"^error: workdir = .*: cannot be written to: Is a directory$", capsys.readouterr().err)
+    assert [path.name for path in run.workdir.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--data.path", "missing.txt"),
+        ("--data.sequence_length", 100000),
+        ("--data.batch_size", 12),
+        ("--mesh.expert", 3),
+        ("--model.moe.top_k", 999),
+        ("--model.vocab_size", 5),
+    ],
+)
+def test_bad_input_writes_nothing(run, capsys, option, value):
+    assert run(option, value) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"error: {option[2:]} = {value}: "), lines
+    assert not run.workdir.exists()
