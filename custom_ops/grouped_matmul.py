@@ -34,6 +34,7 @@ from custom_ops import (
     reference,
 )
 from custom_ops.checks import require, require_array
+from custom_ops.dtypes import common
 from custom_ops.target import target
 from custom_ops.varying import vary_alike
 
@@ -182,23 +183,29 @@ def _rule(implementation, dtype, lhs: jax.Array, D: int, F: int, E: int) -> tupl
     return implementation, result_dtype
 
 
+def _alike(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both in one dtype: the gradient of a result that was asked for in another one comes in that."""
+    dtype = common(a.dtype, b.dtype)
+    return a.astype(dtype), b.astype(dtype)
+
+
 # The rules: static arguments first; each backward is made of the other two products, so that it can be
 # differentiated in turn.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _forward(name, dtype, rows_ND, w_EDF, sizes_E):
-    return IMPLEMENTATIONS[name].forward(rows_ND, w_EDF, sizes_E, dtype)
+    return IMPLEMENTATIONS[name].forward(*_alike(rows_ND, w_EDF), sizes_E, dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _dlhs(name, dtype, dout_NF, w_EDF, sizes_E):
-    return IMPLEMENTATIONS[name].dlhs(dout_NF, w_EDF, sizes_E, dtype)
+    return IMPLEMENTATIONS[name].dlhs(*_alike(dout_NF, w_EDF), sizes_E, dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _drhs(name, dtype, rows_ND, dout_NF, sizes_E):
-    return IMPLEMENTATIONS[name].drhs(rows_ND, dout_NF, sizes_E, dtype)
+    return IMPLEMENTATIONS[name].drhs(*_alike(rows_ND, dout_NF), sizes_E, dtype)
 
 
 def _forward_fwd(name, dtype, rows_ND, w_EDF, sizes_E):

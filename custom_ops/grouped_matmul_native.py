@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from custom_ops import native
+from custom_ops.dtypes import wide
 
 
 def forward(rows_ND, w_EDF, sizes_E, dtype: DTypeLike) -> jax.Array:
@@ -35,7 +36,6 @@ def _rowwise(lhs_NA, w_EDF, sizes_E, dtype, *, transposed: bool):
 def _call(name: str, shape: tuple[int, ...], dtype: DTypeLike, lhs, rhs, sizes_E, **attributes) -> jax.Array:
     if not native.computes_in(lhs.dtype):
         lhs, rhs = lhs.astype(jnp.float32), rhs.astype(jnp.float32)
-    wide = jnp.promote_types(lhs.dtype, jnp.float32)
     # The library rounds to the operands' type, or leaves the sum as it is; other types are made of that.
-    result = jax.ShapeDtypeStruct(shape, lhs.dtype if jnp.dtype(dtype) == lhs.dtype else wide)
+    result = jax.ShapeDtypeStruct(shape, lhs.dtype if jnp.dtype(dtype) == lhs.dtype else wide(lhs.dtype))
     return native.call(name, result, lhs, rhs, sizes_E.astype(jnp.int32), **attributes).astype(dtype)

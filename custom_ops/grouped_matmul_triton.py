@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
+from custom_ops.dtypes import wide
 from custom_ops.target import target
 from custom_ops.varying import result_like, vary_like
 
@@ -113,7 +114,7 @@ def _rowwise_kernel(w_axis, tiling, group_ref, first_ref, end_ref, lhs_ref, w_re
 
         # The tail is a group with nothing to sum.
         steps = jnp.where(group < E, jnp.int32(pl.cdiv(A, tiling.depth)), jnp.int32(0))
-        zero = jnp.zeros((tiling.rows, tiling.columns), _wide(lhs_ref.dtype))
+        zero = jnp.zeros((tiling.rows, tiling.columns), wide(lhs_ref.dtype))
         out = lax.fori_loop(jnp.int32(0), steps, step, zero).astype(out_ref.dtype)
         plgpu.store(out_ref.at[rows, out_columns], out, mask=is_row[:, None] & is_column[None, :])
 
@@ -153,7 +154,7 @@ def _drhs_kernel(tiling, bounds_ref, rows_ref, dout_ref, dw_ref):
         return sum_DF + _dot(rows, dout, 0, 0)
 
     steps = (end - start + (tiling.depth - 1)) // tiling.depth
-    zero = jnp.zeros((tiling.rows, tiling.columns), _wide(rows_ref.dtype))
+    zero = jnp.zeros((tiling.rows, tiling.columns), wide(rows_ref.dtype))
     sum_DF = lax.fori_loop(jnp.int32(0), steps, step, zero)
     plgpu.store(dw_ref.at[group, at_d, at_f], sum_DF.astype(dw_ref.dtype), mask=is_d[:, None] & is_f[None, :])
 
@@ -207,9 +208,5 @@ def _dot(a, b, a_axis: int, b_axis: int):
         b,
         (((a_axis,), (b_axis,)), ((), ())),
         precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
-        preferred_element_type=_wide(a.dtype),
+        preferred_element_type=wide(a.dtype),
     )
-
-
-def _wide(dtype) -> jnp.dtype:
-    return jnp.promote_types(dtype, jnp.float32)

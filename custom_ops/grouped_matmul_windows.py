@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from custom_ops.dtypes import wide
 from custom_ops.varying import vary_like
 
 # Window sizes in rows: steps of at most two waste few masked rows, each one is a loop more to compile.
@@ -33,9 +34,9 @@ def _rowwise(lhs_NA, w_EDF, sizes_E, dtype, *, w_axis: int):
     """out_NB: rows times the matrix of their group, contracted over axis `w_axis` of w_EDF."""
     N, A = lhs_NA.shape
     B = w_EDF.shape[3 - w_axis]
-    wide = _wide(lhs_NA, w_EDF)
+    sums = wide(lhs_NA.dtype)
     out_NB = vary_like(jnp.zeros((N, B), dtype), lhs_NA, w_EDF, sizes_E)
-    if N == 0:
+    if 0 in (N, w_EDF.shape[0]):
         return out_NB
     bounds = _bounds(sizes_E, N)
 
@@ -45,7 +46,7 @@ def _rowwise(lhs_NA, w_EDF, sizes_E, dtype, *, w_axis: int):
         def window(R, start, mask_R, out_NB):
             lhs_RA = lax.dynamic_slice(lhs_NA, (start, jnp.int32(0)), (R, A))
             contract = (((1,), (w_axis - 1,)), ((), ()))
-            out_RB = lax.dot_general(lhs_RA, w_DF, contract, preferred_element_type=wide).astype(dtype)
+            out_RB = lax.dot_general(lhs_RA, w_DF, contract, preferred_element_type=sums).astype(dtype)
             if mask_R is not None:
                 there_RB = lax.dynamic_slice(out_NB, (start, jnp.int32(0)), (R, B))
                 out_RB = jnp.where(mask_R[:, None], out_RB, there_RB)
@@ -59,9 +60,9 @@ def _rowwise(lhs_NA, w_EDF, sizes_E, dtype, *, w_axis: int):
 def drhs(rows_ND, dout_NF, sizes_E, dtype: DTypeLike) -> jax.Array:
     """dw_EDF[e] = rows_ND[group e] transposed @ dout_NF[group e]."""
     (N, D), F, E = rows_ND.shape, dout_NF.shape[1], sizes_E.shape[0]
-    wide = _wide(rows_ND, dout_NF)
-    dw_EDF = vary_like(jnp.zeros((E, D, F), wide), rows_ND, dout_NF, sizes_E)
-    if N == 0:
+    sums = wide(rows_ND.dtype)
+    dw_EDF = vary_like(jnp.zeros((E, D, F), sums), rows_ND, dout_NF, sizes_E)
+    if 0 in (N, E):
         return dw_EDF.astype(dtype)
     bounds = _bounds(sizes_E, N)
 
@@ -74,7 +75,7 @@ def drhs(rows_ND, dout_NF, sizes_E, dtype: DTypeLike) -> jax.Array:
                 rows_RD = jnp.where(mask_R[:, None], rows_RD, 0)
                 dout_RF = jnp.where(mask_R[:, None], dout_RF, 0)
             contract = (((0,), (0,)), ((), ()))
-            sum_DF = lax.dot_general(rows_RD, dout_RF, contract, preferred_element_type=wide)
+            sum_DF = lax.dot_general(rows_RD, dout_RF, contract, preferred_element_type=sums)
             if mask_R is None:
                 sum_DF = sum_DF + lax.dynamic_index_in_dim(dw_EDF, e, 0, keepdims=False)
             # The masked window comes first and finds zeros: it need not read them.
@@ -83,10 +84,6 @@ def drhs(rows_ND, dout_NF, sizes_E, dtype: DTypeLike) -> jax.Array:
         return _cover(bounds[e], bounds[e + 1], N, WINDOWS, window, dw_EDF)
 
     return lax.fori_loop(0, E, group, dw_EDF).astype(dtype)
-
-
-def _wide(a: jax.Array, b: jax.Array) -> jnp.dtype:
-    return jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
 
 
 def _bounds(sizes_E: jax.Array, N: int) -> jax.Array:

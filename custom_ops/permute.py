@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from custom_ops import native
 from custom_ops.checks import require, require_array
+from custom_ops.dtypes import is_whole_bytes, wide
 from custom_ops.plan import DispatchPlan
 from custom_ops.varying import vary_alike
 
@@ -81,10 +82,11 @@ def _move_tokens(x_TD, plan: DispatchPlan, weights_TK=None):
         weights = _or_none(weights_TK, jnp.float32 if weights_TK is None else x_TD.dtype)
         return native.call("moejax_permute", rows, x_TD, plan.position_TK, plan.choice_N, weights)
 
+    can = is_whole_bytes(x_TD.dtype) if weights_TK is None else native.computes_in(x_TD.dtype)
     return native.by_platform(
         (x_TD, plan, weights_TK),
-        cpu=library if weights_TK is None or native.computes_in(x_TD.dtype) else None,
-        cuda=library if weights_TK is None or native.computes_in(x_TD.dtype) else None,
+        cpu=library if can else None,
+        cuda=library if can else None,
         otherwise=_gather_tokens,
     )
 
@@ -128,11 +130,7 @@ def _move_and_dot(rows_ND, dy_TD, weights_TK, plan: DispatchPlan):
 
 def _or_none(weights_TK, dtype) -> jax.Array:
     """The weights as the libraries take them, in what products are formed in: no elements for none."""
-    return jnp.zeros((0, 0), _wide(dtype)) if weights_TK is None else weights_TK.astype(_wide(dtype))
-
-
-def _wide(dtype) -> jnp.dtype:
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.zeros((0, 0), wide(dtype)) if weights_TK is None else weights_TK.astype(wide(dtype))
 
 
 def _take_rows(table: jax.Array, index: jax.Array) -> jax.Array:
@@ -146,31 +144,31 @@ def _gather_tokens(x_TD, plan: DispatchPlan, weights_TK=None):
     rows_ND = _take_rows(x_TD, plan.token_N)
     if weights_TK is not None:
         weights_N = _take_rows(weights_TK.reshape(-1), plan.choice_N)
-        rows_ND = rows_ND.astype(_wide(x_TD.dtype)) * weights_N.astype(_wide(x_TD.dtype))[:, None]
+        rows_ND = rows_ND.astype(wide(x_TD.dtype)) * weights_N.astype(wide(x_TD.dtype))[:, None]
     return jnp.where((plan.choice_N >= 0)[:, None], rows_ND, 0).astype(x_TD.dtype)
 
 
 def _gather_sum(rows_ND, plan: DispatchPlan, weights_TK=None):
     """One gather per choice, fused into a running sum: a [T, K, D] array never exists."""
-    wide = _wide(rows_ND.dtype)
-    sum_TD = jnp.zeros((plan.position_TK.shape[0], rows_ND.shape[1]), wide)
+    sums = wide(rows_ND.dtype)
+    sum_TD = jnp.zeros((plan.position_TK.shape[0], rows_ND.shape[1]), sums)
     for k in range(plan.num_choices):
         position_T = plan.position_TK[:, k]
-        term_TD = _take_rows(rows_ND, position_T).astype(wide)
+        term_TD = _take_rows(rows_ND, position_T).astype(sums)
         if weights_TK is not None:
-            term_TD = term_TD * weights_TK[:, k, None].astype(wide)
+            term_TD = term_TD * weights_TK[:, k, None].astype(sums)
         sum_TD = sum_TD + jnp.where((position_T >= 0)[:, None], term_TD, 0)
     return sum_TD.astype(rows_ND.dtype)
 
 
 def _gather_dot(rows_ND, y_TD, plan: DispatchPlan, dtype):
     """For every choice the inner product of its row with its token's row, [T, K]; 0 without a row."""
-    wide = _wide(rows_ND.dtype)
-    y_TD = y_TD.astype(wide)
+    sums = wide(rows_ND.dtype)
+    y_TD = y_TD.astype(sums)
     dots = []
     for k in range(plan.num_choices):
         position_T = plan.position_TK[:, k]
-        dot_T = jnp.sum(_take_rows(rows_ND, position_T).astype(wide) * y_TD, axis=-1)
+        dot_T = jnp.sum(_take_rows(rows_ND, position_T).astype(sums) * y_TD, axis=-1)
         dots.append(jnp.where(position_T >= 0, dot_T, 0))
     return jnp.stack(dots, axis=-1).astype(dtype)
 

@@ -103,17 +103,18 @@ def make_plan(
       unique: choices of one token with the same destination share one row, that of the first of them.
 
     Raises:
-      ValueError: wrong rank or dtype, P or B not positive, or a buffer of 2**31 rows and more.
+      ValueError: wrong rank or dtype, P or B not positive, or 2**31 destinations or rows and more.
     """
     require_array("dest_TK", dest_TK, "[T, K]", kind=jnp.integer)
-    require(num_destinations >= 1, "num_destinations", "at least 1", num_destinations)
+    in_range = 1 <= num_destinations < MAX_ELEMENTS
+    require(in_range, "num_destinations", "at least 1 and below 2**31", num_destinations)
     require(bucket_rows is None or bucket_rows >= 1, "bucket_rows", "None or at least 1", bucket_rows)
     T, K = dest_TK.shape
     P, M = num_destinations, T * K
     require(K >= 1, "dest_TK", "at least one choice per token [T, K]", f"shape {dest_TK.shape}")
     N = M if bucket_rows is None else P * bucket_rows
     require(N < MAX_ELEMENTS, "bucket_rows", "num_destinations * bucket_rows below 2**31", N)
-    dest_TK = dest_TK.astype(jnp.int32)
+    dest_TK = _as_int32(dest_TK)
     if M == 0:
         return _empty_plan(dest_TK, P, N)
     by_xla = functools.partial(_plan_by_xla, P=P, bucket_rows=bucket_rows, unique=unique)
@@ -126,6 +127,17 @@ def make_plan(
         else by_xla,
         otherwise=by_xla,
     )
+
+
+def _as_int32(dest_TK: jax.Array) -> jax.Array:
+    """The destinations as the ops take them; what int32 does not hold stays out of range, and is counted."""
+    dest_TK = jnp.asarray(dest_TK)
+    limits, own = jnp.iinfo(jnp.int32), jnp.iinfo(dest_TK.dtype)
+    if own.min < limits.min:
+        dest_TK = jnp.maximum(dest_TK, limits.min)
+    if own.max > limits.max:
+        dest_TK = jnp.minimum(dest_TK, limits.max)
+    return dest_TK.astype(jnp.int32)
 
 
 def _cuda_workspace(M: int, P: int) -> int:

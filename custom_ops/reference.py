@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from custom_ops.dtypes import wide
 from custom_ops.plan import DispatchPlan
 
 
@@ -63,7 +64,9 @@ def permute(x_TD: jax.Array, plan: DispatchPlan, weights_TK: jax.Array | None = 
     rows_ND = jnp.where(present_N[:, None], x_TD[jnp.maximum(plan.token_N, 0)], 0)
     if weights_TK is not None:
         weights_N = jnp.where(present_N, weights_TK.reshape(-1)[jnp.maximum(plan.choice_N, 0)], 0)
-        rows_ND = (rows_ND.astype(_wide(x_TD)) * weights_N.astype(_wide(x_TD))[:, None]).astype(x_TD.dtype)
+        rows_ND = (rows_ND.astype(wide(x_TD.dtype)) * weights_N.astype(wide(x_TD.dtype))[:, None]).astype(
+            x_TD.dtype
+        )
     return rows_ND
 
 
@@ -73,7 +76,7 @@ def unpermute(rows_ND: jax.Array, plan: DispatchPlan, weights_TK: jax.Array | No
     if T == 0:
         return jnp.zeros((0, rows_ND.shape[1]), rows_ND.dtype)
     present_N = plan.choice_N >= 0
-    terms_ND = jnp.where(present_N[:, None], rows_ND, 0).astype(_wide(rows_ND))
+    terms_ND = jnp.where(present_N[:, None], rows_ND, 0).astype(wide(rows_ND.dtype))
     if weights_TK is not None:
         weights_N = jnp.where(present_N, weights_TK.reshape(-1)[jnp.maximum(plan.choice_N, 0)], 0)
         terms_ND = terms_ND * weights_N.astype(terms_ND.dtype)[:, None]
@@ -83,11 +86,11 @@ def unpermute(rows_ND: jax.Array, plan: DispatchPlan, weights_TK: jax.Array | No
 
 def grouped_matmul(rows_ND, w_EDF, group_sizes_E, dtype=None) -> jax.Array:
     """See `custom_ops.grouped_matmul`."""
-    wide = jnp.promote_types(_wide(rows_ND), w_EDF.dtype)
+    sums = wide(rows_ND.dtype)
 
     def product(w_DF_and_mask_N):
         w_DF, mask_N = w_DF_and_mask_N
-        return jnp.where(mask_N[:, None], rows_ND, 0).astype(wide) @ w_DF.astype(wide)
+        return jnp.where(mask_N[:, None], rows_ND, 0).astype(sums) @ w_DF.astype(sums)
 
     masks_EN = _group_masks(group_sizes_E, rows_ND.shape[0])
     return lax.map(product, (w_EDF, masks_EN)).sum(axis=0).astype(dtype or rows_ND.dtype)
@@ -100,11 +103,11 @@ def grouped_matmul_dlhs(dout_NF, w_EDF, group_sizes_E, dtype=None) -> jax.Array:
 
 def grouped_matmul_drhs(rows_ND, dout_NF, group_sizes_E, dtype=None) -> jax.Array:
     """See `custom_ops.grouped_matmul_drhs`."""
-    wide = jnp.promote_types(_wide(rows_ND), dout_NF.dtype)
+    sums = wide(rows_ND.dtype)
 
     def product(mask_N):
-        lhs_ND = jnp.where(mask_N[:, None], rows_ND, 0).astype(wide)
-        return lhs_ND.T @ jnp.where(mask_N[:, None], dout_NF, 0).astype(wide)
+        lhs_ND = jnp.where(mask_N[:, None], rows_ND, 0).astype(sums)
+        return lhs_ND.T @ jnp.where(mask_N[:, None], dout_NF, 0).astype(sums)
 
     return lax.map(product, _group_masks(group_sizes_E, rows_ND.shape[0])).astype(dtype or rows_ND.dtype)
 
@@ -128,8 +131,3 @@ def _group_masks(group_sizes_E, N: int) -> jax.Array:
     ends_E = jnp.cumsum(group_sizes_E)
     row_N = jnp.arange(N)[None, :]
     return (row_N >= (ends_E - group_sizes_E)[:, None]) & (row_N < ends_E[:, None])
-
-
-def _wide(array: jax.Array) -> jnp.dtype:
-    """What products and sums are formed in."""
-    return jnp.promote_types(array.dtype, jnp.float32)

@@ -23,6 +23,20 @@ bool has_shape(const Buffer& buffer, std::initializer_list<int64_t> shape) {
   return dimensions.size() == shape.size() && std::equal(shape.begin(), shape.end(), dimensions.begin());
 }
 
+// Of types with fewer than 8 bits XLA packs several numbers into a byte: a row of them has no whole number of bytes.
+inline bool is_whole_bytes(ffi::DataType dtype) {
+  switch (dtype) {
+    case ffi::S1:
+    case ffi::S2:
+    case ffi::S4:
+    case ffi::U1:
+    case ffi::U2:
+    case ffi::U4:
+    case ffi::F4E2M1FN: return false;
+    default: return true;
+  }
+}
+
 // Rows and choices are counted in int32, in every table.
 constexpr int64_t kMaxRows = int64_t{1} << 31;
 

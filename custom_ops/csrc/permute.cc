@@ -112,6 +112,7 @@ ffi::Error permute(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32>
   if (const ffi::Error error = check_plan(position, T, N); error.failure()) return error;
   const bool weighted = weights.element_count() > 0;
   MOEJAX_REQUIRE(!weighted || has_shape(weights, {T, position.dimensions()[1]}), "weights must be [T, K]");
+  MOEJAX_REQUIRE(is_whole_bytes(x.element_type()), "x must be of a dtype of at least 8 bits");
   const int64_t row_bytes = D * ffi::ByteWidth(x.element_type());
   zero_empty_rows(pool, choice, rows->untyped_data(), row_bytes);
   if (weighted) {

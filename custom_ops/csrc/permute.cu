@@ -250,6 +250,7 @@ ffi::Error permute(cudaStream_t stream, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> 
   const int K = static_cast<int>(position.dimensions()[1]);
   MOEJAX_REQUIRE(position.dimensions()[0] == T, "x and position must have as many tokens");
   MOEJAX_REQUIRE(has_shape(*rows, {N, D}) && rows->element_type() == x.element_type(), "rows must be [N, D], as x");
+  MOEJAX_REQUIRE(is_whole_bytes(x.element_type()), "x must be of a dtype of at least 8 bits");
   const int64_t row_bytes = D * ffi::ByteWidth(x.element_type());
   MOEJAX_REQUIRE(N < kMaxRows, "there must be less than 2**31 rows");
   if (N == 0 || D == 0) return ffi::Error::Success();

@@ -123,6 +123,29 @@ class GroupedMatmulConformance:
             tolerance.F32,
         )
 
+    @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=str)
+    def test_gradients_of_a_wide_result(self, dtype):
+        """The cotangent is then f32 beside operands of 16 bits."""
+        rows, w, dout, sizes = (a.astype(dtype) if a.ndim > 1 else a for a in operands("one group"))
+
+        def product(rows, w, sizes):
+            return self.product(rows, w, sizes, dtype=jnp.float32)
+
+        dout = dout.astype(jnp.float32) / 3
+        actual = jax.jit(lambda *a: value_and_gradients(product, *a))(rows, w, sizes, dout)
+        expected = oracle(rows.astype(jnp.float32), w.astype(jnp.float32), sizes, dout)
+        assert [a.dtype for a in actual] == [jnp.float32, dtype, dtype]
+        for got, want, bound in zip(
+            actual, expected, (tolerance.F32, *[DTYPES[jnp.dtype(dtype)]] * 2), strict=True
+        ):
+            assert_close(np.asarray(got, np.float64), want, bound)
+
+    def test_no_group(self):
+        rows, w, dout = jnp.ones((4, 3)), jnp.ones((0, 3, 2)), jnp.ones((4, 2))
+        out, drows, dw = self.all_three(rows, w, dout, jnp.zeros((0,), jnp.int32))
+        assert out.shape == (4, 2) and drows.shape == (4, 3) and dw.shape == (0, 3, 2)
+        assert (out == 0).all() and (drows == 0).all()
+
     def test_repeats_bitwise(self):
         rows, w, dout, sizes = operands("odd sizes and tail")
         first = self.all_three(rows, w, dout, sizes)

@@ -149,6 +149,8 @@ def shaped(shape, dtype=jnp.float32):
         ("swiglu", shaped((3, 2)), (jnp.ones((3, 5)),), {}, "hidden must be"),
         ("unpermute", shaped((2, 4)), (jnp.ones((3, 4)), jnp.full((2, 1), 3, jnp.int32), jnp.zeros((0, 0))), {},
          "rows that do not exist"),
+        ("permute", shaped((3, 4), jnp.int4), (jnp.ones((2, 4), jnp.int4), jnp.zeros((2, 1), jnp.int32),
+         jnp.zeros(3, jnp.int32), jnp.zeros((0, 0))), {}, "at least 8 bits"),
         ("permute", shaped((3, 4)), (jnp.ones((2, 4)), jnp.full((2, 1), 3, jnp.int32), jnp.zeros(3, jnp.int32),
          jnp.zeros((0, 0))), {}, "rows that do not exist"),
     ],

@@ -222,6 +222,28 @@ def test_8_bit_floats_are_moved():
     np.testing.assert_array_equal(moved.astype(jnp.float32), reference.permute(x.astype(jnp.float32), plan))
 
 
+@pytest.mark.parametrize("dtype", ["int4", "uint4", "int2", "float4_e2m1fn"])
+def test_numbers_of_less_than_a_byte_are_moved(dtype):
+    """XLA packs them: as whole bytes they would be written past the end of the result."""
+    plan = plan_of("clipped")
+    x = jnp.asarray(np.random.default_rng(3).integers(0, 2, (11, 13)))
+    moved = jax.jit(lambda x: custom_ops.permute(x.astype(dtype), plan))(x)
+    assert moved.dtype == jnp.dtype(dtype)
+    np.testing.assert_array_equal(moved.astype(jnp.float32), reference.permute(x, plan))
+
+
+def test_8_bit_floats_are_summed_and_differentiated():
+    """In f32, as 16-bit ones are."""
+    plan, *operands = case("clipped", jnp.float8_e5m2)
+    actual = everything(custom_ops, *operands, plan)
+    expected = everything(reference, *(a.astype(jnp.float32) for a in operands), plan)
+    for op, results in actual.items():
+        for got, want in zip(results, expected[op], strict=True):
+            assert got.dtype == jnp.float8_e5m2
+            # Two bits behind the leading one.
+            assert_close(got.astype(jnp.float32), want, 2.0**-3, op)
+
+
 def test_gradients_scatter_no_floats():
     plan, x, _, weights = case("clipped")
 

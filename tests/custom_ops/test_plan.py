@@ -187,6 +187,7 @@ def test_plan_is_a_pytree_with_static_choices():
         (jnp.zeros((3, 1), jnp.float32), 2, None, ("dest_TK", "integer", "float32")),
         (jnp.zeros((3, 0), jnp.int32), 2, None, ("dest_TK", "at least one choice")),
         (jnp.zeros((3, 1), jnp.int32), 0, None, ("num_destinations", "at least 1", "0")),
+        (jnp.zeros((3, 1), jnp.int32), 2**31, None, ("num_destinations", "below 2**31", "2147483648")),
         (jnp.zeros((3, 1), jnp.int32), 2, 0, ("bucket_rows", "at least 1", "0")),
         (jnp.zeros((3, 1), jnp.int32), 2**16, 2**15, ("bucket_rows", "2**31")),
     ],
@@ -228,3 +229,15 @@ def test_the_share_that_is_kept_is_exact_beyond_32_bits():
         exact = -(-rows.astype(object) * int(step) // 2**32)
         np.testing.assert_array_equal(_kept_before(step, jnp.asarray(rows)), exact.astype(np.int32))
         assert count - 1 <= exact[-1] <= count
+
+
+@pytest.mark.parametrize("dtype", [jnp.int64, jnp.uint64, jnp.uint32, jnp.uint8], ids=str)
+def test_destinations_of_other_integer_types_do_not_wrap_around(dtype):
+    """2**32 + 1 is no destination, and the largest unsigned number is not -1."""
+    with jax.enable_x64(True):
+        largest = jnp.iinfo(dtype).max
+        wraps = [v for v in (2**32 + 1, largest) if v <= largest]
+        dest = jnp.asarray(np.array([[1, v] for v in wraps], np.dtype(dtype)))
+        plan = make_plan(dest, 2)
+        np.testing.assert_array_equal(plan.group_sizes_P, [0, len(wraps)])
+        assert int(plan.num_invalid) == len(wraps)
