@@ -168,7 +168,7 @@ class MoE(nnx.Module):
                 dtype=dtype,
                 rngs=rngs,
             )
-        elif isinstance(experts, Sequence):
+        elif not isinstance(experts, nnx.Module):
             if len(experts) != num_experts:
                 raise ValueError(
                     f"experts = a list of {len(experts)}: must be num_experts ({num_experts}) modules"

@@ -399,7 +399,7 @@ def test_what_a_list_of_experts_cannot_do_is_said():
     layer = make_layer(2, experts=[Half() for _ in range(E)])
     with (
         jax.set_mesh(moejax.make_mesh(expert=8)),
-        pytest.raises(ValueError, match="experts = a list: .* cannot be split over mesh axis 'expert'"),
+        pytest.raises(ValueError, match=r"experts = a list: .* cannot be split over mesh axis 'expert'"),
     ):
         layer(x)
     short = make_layer(2, experts=[lambda x_TD: x_TD[:, :3] for _ in range(E)])
@@ -409,7 +409,7 @@ def test_what_a_list_of_experts_cannot_do_is_said():
 
 def test_nested_inputs_are_refused_with_the_cure():
     x, _ = draw()
-    with pytest.raises(TypeError, match="x is a dict: must be one array .* joined along their width"):
+    with pytest.raises(TypeError, match=r"x is a dict: must be one array .* joined along their width"):
         make_layer(2)({"text": x, "image": x})
 
 
