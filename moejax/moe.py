@@ -205,7 +205,7 @@ class MoE(nnx.Module):
                 dtype=dtype,
                 rngs=rngs,
             )
-        elif isinstance(experts, (list, tuple)):
+        elif not isinstance(experts, nnx.Module):
             if len(experts) != num_experts:
                 raise ValueError(
                     f"experts = a list of {len(experts)}: must be num_experts ({num_experts}) modules"
