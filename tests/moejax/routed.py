@@ -80,8 +80,12 @@ def expected(case, router, x, valid, training=True):
             x + normal * np.asarray(jax.nn.softplus(x @ router.w_noise_DE[...])), np.float32
         )
     if name == "switch" and training:
-        uniform = naive.draws(jax.random.uniform, keys[0], len(x), x.shape[1:])
-        x = x * (1 + options.get("jitter", 0.01) * (2 * uniform - 1))
+        words = naive.draws(jax.random.bits, keys[0], len(x), ((x.shape[1] + 1) // 2,))
+        # The low half of a word comes first; each is the middle of one of 2**16 equal parts of (-1, 1).
+        halves = np.stack([words & 0xFFFF, words >> 16], axis=-1).reshape(len(x), -1)[:, : x.shape[1]]
+        x = x * (
+            1 + options.get("jitter", 0.01) * ((halves.astype(np.float32) + np.float32(0.5)) / 2**15 - 1)
+        )
         chosen_by = x = x.astype(np.float32)
     if name == "sigmoid":
         bias = np.asarray(router.selection_bias_E[...])

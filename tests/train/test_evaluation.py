@@ -46,7 +46,7 @@ def test_the_best_evaluation_makes_a_checkpoint_of_its_own(run, monkeypatch):
     losses = iter([3.0, 2.0, 2.5, 2.6, 2.7, 1.0])
 
     # The last evaluation is over the whole split and has the lowest loss there, but not over the first batch.
-    def whole_is_lower(eval_step, params, batches, mesh):
+    def whole_is_lower(eval_step, params, batches, mesh, **rest):
         found, batches = next(losses), list(batches)
         if len(batches) > 1:
             return Evaluation(np.asarray([27.0, 0.0]), np.asarray([10, 90]))

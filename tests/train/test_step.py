@@ -129,8 +129,15 @@ class DenseMoE(moejax.MoE):
         load = jnp.zeros(self.num_experts, jnp.int32)
         nothing = jnp.float32(0)
         router = moejax.RouterStats(load.astype(jnp.float32), *[nothing] * 5)
+        counts = ("invalid", "dropped", "over_capacity", "at_sender", "at_receiver", "rounds")
         return y.reshape(x.shape), moejax.MoEStats(
-            aux, balance, z, load, zero, zero, zero, zero, jnp.ones(1), router
+            aux_loss=aux,
+            balance_loss=balance,
+            z_loss=z,
+            load_E=load,
+            **dict.fromkeys(counts, zero),
+            fill_V=jnp.ones(1),
+            router=router,
         )
 
 
