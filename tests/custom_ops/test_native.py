@@ -1,6 +1,8 @@
 """What only the compiled library can get wrong; what it shares with other implementations is tested beside those."""
 
+import os
 import pathlib
+import platform
 import re
 import subprocess
 import sys
@@ -176,6 +178,26 @@ print(make_plan(dest, 2**27).num_invalid)
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 1, result.stderr
     assert "INTERNAL: moejax: std::bad_alloc" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="elsewhere only one is compiled")
+@pytest.mark.parametrize("instruction_set", ["SSE2", "AVX2"])
+def test_what_older_processors_run(instruction_set):
+    """The library holds the loops once per instruction set, and otherwise only the machine's best is tested."""
+    environment = {**os.environ, "MOEJAX_INSTRUCTION_SET": instruction_set}
+    program = "from custom_ops import native; print(native.describe())"
+    described = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    if described.stdout.strip() != f"built, uses {instruction_set}":
+        pytest.skip(f"this machine: {described.stdout.strip()}")
+    files = [
+        pathlib.Path(__file__).with_name(f"test_{name}.py") for name in ("native", "drawn_cases", "swiglu")
+    ]
+    command = [sys.executable, "-m", "pytest", "-q", *files, "-k", "not out_of_memory and not xla"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:]
 
 
 def test_without_the_library_there_is_a_warning_and_the_same_result(monkeypatch):
