@@ -4,6 +4,7 @@ import os
 import pathlib
 import platform
 import re
+import shutil
 import subprocess
 import sys
 
@@ -213,6 +214,29 @@ def test_without_the_library_there_is_a_warning_and_the_same_result(monkeypatch)
         assert native.describe().startswith("not built")
     finally:
         native._load.cache_clear()
+
+
+@pytest.mark.parametrize("kind", ["no library", "older than the sources"])
+def test_a_library_that_does_not_load_is_a_warning_that_says_why(monkeypatch, tmp_path, kind):
+    library = tmp_path / "libmoejax_cpu.so"
+    if kind == "no library":
+        library.write_bytes(b"damaged")
+    else:
+        compiler = shutil.which("cc") or pytest.skip("no compiler")
+        subprocess.run([compiler, "-shared", "-x", "c", "-", "-o", library], input=b"", check=True)
+    native._load.cache_clear()
+    native._warn_once.cache_clear()
+    monkeypatch.setattr("custom_ops.__path__", [str(tmp_path)])
+    try:
+        with pytest.warns(
+            UserWarning, match=r"without its native CPU ops \(libmoejax_cpu.so does not load: "
+        ):
+            plan = make_plan(jnp.asarray([[1], [0]], jnp.int32), 2)
+        np.testing.assert_array_equal(plan.position_TK, [[1], [0]])
+        assert native.describe().startswith("libmoejax_cpu.so does not load: ")
+    finally:
+        native._load.cache_clear()
+        native._warn_once.cache_clear()
 
 
 def gpu_is_target(monkeypatch):
