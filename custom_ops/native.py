@@ -1,7 +1,8 @@
 """The compiled libraries under the ops, for CPU and for CUDA: finding them, registering their handlers, calling them.
 
 They are built with the package from `csrc/` (CMakeLists.txt). Where the one that a program needs is missing (no
-compiler at installation) every op falls back to plain XLA, with one warning; `moejax doctor` says so too.
+compiler at installation) or does not load every op falls back to plain XLA, with one warning; `moejax doctor` says so
+too.
 """
 
 from __future__ import annotations
@@ -47,25 +48,29 @@ _CUDA = (
 
 
 @functools.cache
-def _load(file: str, handlers: tuple[str, ...], platform: str) -> ctypes.CDLL | None:
+def _load(file: str, handlers: tuple[str, ...], platform: str) -> ctypes.CDLL | str | None:
+    """The library with its handlers registered, why it does not load, or None where it was not built."""
     # An editable installation has the sources in one folder and what was built in another.
     import custom_ops
 
     for folder in custom_ops.__path__:
         path = pathlib.Path(folder) / file
         if path.exists():
-            library = ctypes.CDLL(str(path))
-            for name in handlers:
-                capsule = jax.ffi.pycapsule(getattr(library, name))
+            try:
+                library = ctypes.CDLL(str(path))
+                capsules = {name: jax.ffi.pycapsule(getattr(library, name)) for name in handlers}
+            except (OSError, AttributeError) as error:  # of another machine, or older than these sources
+                return f"{file} does not load: {error}"
+            for name, capsule in capsules.items():
                 jax.ffi.register_ffi_target(name, capsule, platform=platform)
             return library
     return None
 
 
 @functools.cache
-def _warn_once(kind: str, compiler: str) -> None:
+def _warn_once(kind: str, reason: str) -> None:
     warnings.warn(
-        f"moejax was installed without its native {kind} ops (no {compiler} was found): plain XLA takes their place,"
+        f"moejax runs without its native {kind} ops ({reason}): plain XLA takes their place,"
         " slower; install a compiler and moejax again",
         stacklevel=2,
     )
@@ -95,21 +100,25 @@ def cuda_library() -> ctypes.CDLL | None:
         return None
     # A program that is traced for the CPU beside a GPU may be compiled for the GPU after all.
     gpu = target().platform == "gpu" or jax.default_backend() == "gpu"
-    return _library("CUDA", _CUDA, "nvcc") if gpu else _load(*_CUDA)
+    if gpu:
+        return _library("CUDA", _CUDA, "nvcc")
+    library = _load(*_CUDA)
+    return library if isinstance(library, ctypes.CDLL) else None
 
 
 def _library(kind: str, which: tuple[str, tuple[str, ...], str], compiler: str) -> ctypes.CDLL | None:
     library = _load(*which)
-    if library is None:
-        _warn_once(kind, compiler)
-    return library
+    if isinstance(library, ctypes.CDLL):
+        return library
+    _warn_once(kind, library or f"no {compiler} was found")
+    return None
 
 
 def describe() -> str:
     """One line on the CPU library, for people."""
     library = cpu_library()
     if library is None:
-        return "not built: no C++ compiler was found when moejax was installed"
+        return _why_not(_CPU, "C++ compiler")
     library.moejax_instruction_set.restype = ctypes.c_char_p
     return f"built, uses {library.moejax_instruction_set().decode()}"
 
@@ -117,8 +126,15 @@ def describe() -> str:
 def describe_cuda() -> str:
     """One line on the CUDA library, for people."""
     if cuda_library() is None:
-        return "not built: no nvcc was found when moejax was installed"
+        return _why_not(_CUDA, "nvcc")
     return "built, for compute capability 8.0 and up"
+
+
+def _why_not(which: tuple[str, tuple[str, ...], str], compiler: str) -> str:
+    if not _enabled.get():
+        return "disabled"
+    reason = _load(*which)
+    return str(reason) if reason else f"not built: no {compiler} was found when moejax was installed"
 
 
 def computes_in(dtype: DTypeLike) -> bool:

@@ -19,14 +19,7 @@ def swiglu(hidden_N2F: jax.Array) -> jax.Array:
       ValueError: not a floating-point matrix of an even number of columns.
     """
     _check(hidden_N2F)
-    if not _by_library(hidden_N2F):
-        return reference.swiglu(hidden_N2F)
-
-    def library(hidden_N2F):
-        N, H = hidden_N2F.shape
-        return native.call("moejax_swiglu", jax.ShapeDtypeStruct((N, H // 2), hidden_N2F.dtype), hidden_N2F)
-
-    return native.on_cpu(library, reference.swiglu, (hidden_N2F,))
+    return _forward(hidden_N2F) if _by_library(hidden_N2F) else reference.swiglu(hidden_N2F)
 
 
 def swiglu_backward(
@@ -51,12 +44,37 @@ def swiglu_backward(
     require(weight_N.dtype == da_NF.dtype, "weight_N", f"dtype {da_NF.dtype} as da_NF", weight_N.dtype)
     if not _by_library(hidden_N2F) or da_NF.dtype != hidden_N2F.dtype:
         return reference.swiglu_backward(hidden_N2F, da_NF, weight_N)
+    return _backward(hidden_N2F, da_NF, weight_N)
 
+
+# By the library, and differentiated as the specification is.
+
+
+@jax.custom_vjp
+def _forward(hidden_N2F):
+    def library(hidden_N2F):
+        N, H = hidden_N2F.shape
+        return native.call("moejax_swiglu", jax.ShapeDtypeStruct((N, H // 2), hidden_N2F.dtype), hidden_N2F)
+
+    return native.on_cpu(library, reference.swiglu, (hidden_N2F,))
+
+
+@jax.custom_vjp
+def _backward(hidden_N2F, da_NF, weight_N):
     def library(hidden_N2F, da_NF, weight_N):
         results = [jax.ShapeDtypeStruct(like.shape, like.dtype) for like in (da_NF, hidden_N2F, weight_N)]
         return tuple(native.call("moejax_swiglu_backward", results, hidden_N2F, da_NF, weight_N))
 
     return native.on_cpu(library, reference.swiglu_backward, (hidden_N2F, da_NF, weight_N))
+
+
+def _as_specified(specification):
+    """The backward rule that differentiates the specification at the saved operands."""
+    return lambda saved, cotangents: jax.vjp(specification, *saved)[1](cotangents)
+
+
+_forward.defvjp(lambda *operands: (_forward(*operands), operands), _as_specified(reference.swiglu))
+_backward.defvjp(lambda *operands: (_backward(*operands), operands), _as_specified(reference.swiglu_backward))
 
 
 def _by_library(hidden_N2F: jax.Array) -> bool:

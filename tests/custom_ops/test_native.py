@@ -1,7 +1,10 @@
 """What only the compiled library can get wrong; what it shares with other implementations is tested beside those."""
 
+import os
 import pathlib
+import platform
 import re
+import shutil
 import subprocess
 import sys
 
@@ -178,6 +181,26 @@ print(make_plan(dest, 2**27).num_invalid)
     assert "INTERNAL: moejax: std::bad_alloc" in result.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="elsewhere only one is compiled")
+@pytest.mark.parametrize("instruction_set", ["SSE2", "AVX2"])
+def test_what_older_processors_run(instruction_set):
+    """The library holds the loops once per instruction set, and otherwise only the machine's best is tested."""
+    environment = {**os.environ, "MOEJAX_INSTRUCTION_SET": instruction_set}
+    program = "from custom_ops import native; print(native.describe())"
+    described = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    if described.stdout.strip() != f"built, uses {instruction_set}":
+        pytest.skip(f"this machine: {described.stdout.strip()}")
+    files = [
+        pathlib.Path(__file__).with_name(f"test_{name}.py") for name in ("native", "drawn_cases", "swiglu")
+    ]
+    command = [sys.executable, "-m", "pytest", "-q", *files, "-k", "not out_of_memory and not xla"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:]
+
+
 def test_without_the_library_there_is_a_warning_and_the_same_result(monkeypatch):
     x, dest = draw(0, 6, 4), jnp.asarray([[0, 1], [1, 1], [2, 0], [0, 0], [-1, 2], [1, 0]], jnp.int32)
     with_library = permute(x, make_plan(dest, 3))
@@ -191,6 +214,29 @@ def test_without_the_library_there_is_a_warning_and_the_same_result(monkeypatch)
         assert native.describe().startswith("not built")
     finally:
         native._load.cache_clear()
+
+
+@pytest.mark.parametrize("kind", ["no library", "older than the sources"])
+def test_a_library_that_does_not_load_is_a_warning_that_says_why(monkeypatch, tmp_path, kind):
+    library = tmp_path / "libmoejax_cpu.so"
+    if kind == "no library":
+        library.write_bytes(b"damaged")
+    else:
+        compiler = shutil.which("cc") or pytest.skip("no compiler")
+        subprocess.run([compiler, "-shared", "-x", "c", "-", "-o", library], input=b"", check=True)
+    native._load.cache_clear()
+    native._warn_once.cache_clear()
+    monkeypatch.setattr("custom_ops.__path__", [str(tmp_path)])
+    try:
+        with pytest.warns(
+            UserWarning, match=r"without its native CPU ops \(libmoejax_cpu.so does not load: "
+        ):
+            plan = make_plan(jnp.asarray([[1], [0]], jnp.int32), 2)
+        np.testing.assert_array_equal(plan.position_TK, [[1], [0]])
+        assert native.describe().startswith("libmoejax_cpu.so does not load: ")
+    finally:
+        native._load.cache_clear()
+        native._warn_once.cache_clear()
 
 
 def gpu_is_target(monkeypatch):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import custom_ops
 from custom_ops import native, reference, swiglu, swiglu_backward
 from tests import tolerance
 from tests.tolerance import assert_close
@@ -33,6 +34,22 @@ def test_matches_the_specification(F, dtype, bound):
         for got, want, like in zip(actual, expected, (hidden, hidden, hidden, da), strict=True):
             assert got.dtype == like.dtype
             assert_close(np.asarray(got, np.float64), np.asarray(want), bound, "swiglu")
+
+
+def test_both_passes_are_differentiated():
+    """An expert's gradient calls swiglu_backward; who takes a second one differentiates that."""
+    draw = np.random.default_rng(1).standard_normal
+    operands = [jnp.asarray(draw(shape), jnp.float32) for shape in ((9, 30), (9, 15), (9,))]
+
+    def gradients(ops):
+        first = jax.grad(lambda hidden: jnp.sum(jnp.sin(ops.swiglu(hidden))))(operands[0])
+        second = jax.grad(
+            lambda *o: sum(jnp.sum(jnp.sin(part)) for part in ops.swiglu_backward(*o)), (0, 1, 2)
+        )(*operands)
+        return first, *second
+
+    for got, want in zip(gradients(custom_ops), gradients(reference), strict=True):
+        assert_close(got, want, tolerance.F32_MODEL)
 
 
 def test_extreme_gates():
