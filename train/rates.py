@@ -8,7 +8,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax.cost import Link, Rates
@@ -29,7 +29,11 @@ def measure_rates(mesh: Mesh, axis: str) -> Rates:
 
     def run(numbers: int) -> float:
         mapped = jax.shard_map(partial(swap, numbers), mesh=mesh, in_specs=everywhere, out_specs=everywhere)
-        return _seconds(jax.jit(mapped), jnp.ones(mesh.size * numbers, jnp.float32))
+        # Each device has its part before the clock starts: or every call would first spread them from one device.
+        ones = jax.jit(
+            lambda: jnp.ones(mesh.size * numbers, jnp.float32), out_shardings=NamedSharding(mesh, everywhere)
+        )
+        return _seconds(jax.jit(mapped), ones())
 
     small, large = (size // 4 // devices * devices for size in (_SMALL, _LARGE))
     fixed, full = run(small), run(large)
