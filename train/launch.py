@@ -79,8 +79,10 @@ class Worker:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if not line.startswith(_NOISE):
-                sys.stdout.write(line)
-                sys.stdout.flush()
+                # Whatever becomes of our own output: a process whose output nobody reads stands still.
+                with contextlib.suppress(OSError, ValueError):
+                    sys.stdout.write(line)
+                    sys.stdout.flush()
 
     def _read(self) -> None:
         assert self.process.stdout is not None and self.log is not None
