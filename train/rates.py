@@ -15,6 +15,8 @@ from moejax.cost import Link, Rates
 
 # Bytes that a device sends in the small and in the large all-to-all; their difference tells the bandwidth.
 _SMALL, _LARGE = 2**12, 2**24
+# All devices together send no more than this at once: CPU devices share one memory.
+_MOST = 2**28
 _WIDTH = 1024
 _REPEATS = 5
 
@@ -35,7 +37,7 @@ def measure_rates(mesh: Mesh, axis: str) -> Rates:
         )
         return _seconds(jax.jit(mapped), ones())
 
-    small, large = (size // 4 // devices * devices for size in (_SMALL, _LARGE))
+    small, large = (min(size, _MOST // mesh.size) // 4 // devices * devices for size in (_SMALL, _LARGE))
     fixed, full = run(small), run(large)
     share = (devices - 1) / devices
     bandwidth = share * 4 * (large - small) / max(full - fixed, 1e-9)
