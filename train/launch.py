@@ -156,8 +156,10 @@ def launch(words: Sequence[str], processes: int, devices: int | None) -> int:
         again = number in asked and number != signal.SIGUSR1
         asked.add(number)
         if not again and number != signal.SIGUSR1:
-            # Not print: the signal may have come while a line is written.
-            os.write(2, f"signal {number}: a checkpoint is written; the same again stops at once\n".encode())
+            message = f"signal {number}: a checkpoint is written; the same again stops at once\n"
+            # Not print: the signal may have come while a line is written. After Ctrl-C what reads us may be gone.
+            with contextlib.suppress(OSError):
+                os.write(2, message.encode())
         for worker in workers:
             worker.signal(signal.SIGKILL if again else signal.SIGTERM)
         if again:
