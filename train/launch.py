@@ -211,7 +211,7 @@ def _stop_all(workers: Sequence[Worker], first: Worker) -> Worker:
     deadline = time.monotonic() + GRACE_SECONDS
     while time.monotonic() < deadline and any(worker.process.poll() is None for worker in workers):
         time.sleep(0.05)
-    ended = [worker for worker in (first, *workers) if worker.process.poll() not in (0, None)]
+    ended = [worker for worker in (first, *workers) if worker.process.poll() not in (0, None, *_STOPPED)]
     for worker in workers:
         worker.signal(signal.SIGKILL)
     return min(ended, key=lambda worker: _likelihood(worker.process.returncode))
