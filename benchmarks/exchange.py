@@ -98,6 +98,8 @@ def sent_bytes(program) -> int:
     for equation in program.eqns:
         if equation.primitive.name in COLLECTIVES:
             total += sum(out.aval.size * out.aval.dtype.itemsize for out in equation.outvars)
+        elif equation.primitive.name == "cond":  # one of the branches runs, such as that of the platform
+            total += max(sent_bytes(branch) for branch in _inner(equation))
         elif equation.primitive.name != "while":
             total += sum(sent_bytes(inner) for inner in _inner(equation))
     return total

@@ -151,7 +151,10 @@ def _collectives() -> Iterator[tuple[str, str, bool]]:
 
 
 def _exchange() -> Iterator[tuple[str, str, bool]]:
-    """What was measured between the devices, and by it the cheaper exchange for one layer of a usual shape."""
+    """What was measured between the devices, and by it the cheaper exchange for one layer of a usual shape.
+
+    Which need not be what "auto" takes: that goes by the constants in `moejax.cost`.
+    """
     import jax
 
     from moejax.cost import cheapest_exchange, share_of_tokens
@@ -173,4 +176,5 @@ def _exchange() -> Iterator[tuple[str, str, bool]]:
         link, tokens=T, bucket_rows=bucket, share=share, devices=devices, row_bytes=(4 * D, 4 * D), top_k=K
     )
     times = ", ".join(f"{other} {1e3 * seconds:.1f} ms" for other, seconds in estimates.items())
-    yield "exchange auto", f"{name} for {T} tokens of width {D}, {E} experts, {K} each, f32: {times}", True
+    layer = f"{T} tokens of width {D}, {E} experts, {K} each, f32"
+    yield "cheaper exchange", f"{name} by these, for {layer}: {times}", True

@@ -79,8 +79,10 @@ class Worker:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if not line.startswith(_NOISE):
-                sys.stdout.write(line)
-                sys.stdout.flush()
+                # Whatever becomes of our own output: a process whose output nobody reads stands still.
+                with contextlib.suppress(OSError, ValueError):
+                    sys.stdout.write(line)
+                    sys.stdout.flush()
 
     def _read(self) -> None:
         assert self.process.stdout is not None and self.log is not None
@@ -154,8 +156,10 @@ def launch(words: Sequence[str], processes: int, devices: int | None) -> int:
         again = number in asked and number != signal.SIGUSR1
         asked.add(number)
         if not again and number != signal.SIGUSR1:
-            # Not print: the signal may have come while a line is written.
-            os.write(2, f"signal {number}: a checkpoint is written; the same again stops at once\n".encode())
+            message = f"signal {number}: a checkpoint is written; the same again stops at once\n"
+            # Not print: the signal may have come while a line is written. After Ctrl-C what reads us may be gone.
+            with contextlib.suppress(OSError):
+                os.write(2, message.encode())
         for worker in workers:
             worker.signal(signal.SIGKILL if again else signal.SIGTERM)
         if again:
@@ -207,7 +211,7 @@ def _stop_all(workers: Sequence[Worker], first: Worker) -> Worker:
     deadline = time.monotonic() + GRACE_SECONDS
     while time.monotonic() < deadline and any(worker.process.poll() is None for worker in workers):
         time.sleep(0.05)
-    ended = [worker for worker in (first, *workers) if worker.process.poll() not in (0, None)]
+    ended = [worker for worker in (first, *workers) if worker.process.poll() not in (0, None, *_STOPPED)]
     for worker in workers:
         worker.signal(signal.SIGKILL)
     return min(ended, key=lambda worker: _likelihood(worker.process.returncode))

@@ -8,13 +8,15 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax.cost import Link, Rates
 
 # Bytes that a device sends in the small and in the large all-to-all; their difference tells the bandwidth.
 _SMALL, _LARGE = 2**12, 2**24
+# All devices together send no more than this at once: CPU devices share one memory.
+_MOST = 2**28
 _WIDTH = 1024
 _REPEATS = 5
 
@@ -29,9 +31,13 @@ def measure_rates(mesh: Mesh, axis: str) -> Rates:
 
     def run(numbers: int) -> float:
         mapped = jax.shard_map(partial(swap, numbers), mesh=mesh, in_specs=everywhere, out_specs=everywhere)
-        return _seconds(jax.jit(mapped), jnp.ones(mesh.size * numbers, jnp.float32))
+        # Each device has its part before the clock starts: or every call would first spread them from one device.
+        ones = jax.jit(
+            lambda: jnp.ones(mesh.size * numbers, jnp.float32), out_shardings=NamedSharding(mesh, everywhere)
+        )
+        return _seconds(jax.jit(mapped), ones())
 
-    small, large = (size // 4 // devices * devices for size in (_SMALL, _LARGE))
+    small, large = (min(size, _MOST // mesh.size) // 4 // devices * devices for size in (_SMALL, _LARGE))
     fixed, full = run(small), run(large)
     share = (devices - 1) / devices
     bandwidth = share * 4 * (large - small) / max(full - fixed, 1e-9)

@@ -253,6 +253,28 @@ def test_the_second_signal_ends_a_launched_run_at_once(tmp_path, number):
     assert len(workers) == 2 and all(is_gone(pid) for pid in workers)
 
 
+def test_a_signal_is_passed_on_although_nobody_reads_the_launcher_any_more(tmp_path):
+    """After Ctrl-C in `moejax launch ... 2>&1 | tee log` the other end of the pipe is gone too."""
+    program = tmp_path / "program"
+    program.write_text(
+        f"#!{sys.executable}\nimport os, pathlib, signal, sys, time\n"
+        f"folder, number = pathlib.Path({str(tmp_path)!r}), os.environ['MOEJAX_PROCESS_ID']\n"
+        "def stop(*_):\n    time.sleep(0.3)\n    (folder / f'saved.{number}').touch()\n    os._exit(143)\n"
+        "signal.signal(signal.SIGTERM, stop)\n(folder / f'ready.{number}').touch()\n"
+        "while True:\n    time.sleep(0.1)\n"
+    )
+    program.chmod(0o700)
+    process = start("-c", LAUNCHED, program, tmp_path / "run", command=[sys.executable])
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("ready.*"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 143
+    assert len(list(tmp_path.glob("saved.*"))) == 2
+
+
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
