@@ -394,9 +394,11 @@ def test_a_process_that_does_not_arrive_is_named_and_all_end(config, tmp_path):
     workers = children(process)
     output = process.communicate(timeout=180)[0]
     assert process.returncode == 3, output
-    assert re.search(
-        r"step \d+ has not ended after \d+ s: others have begun step 40, process 1 is at step 38", output
+    found = re.search(
+        r"step \d+ has not ended after \d+ s: others have begun step (\d+), process 1 is at step (\d+)",
+        output,
     )
+    assert found and int(found[2]) < int(found[1]) <= 41, output
     assert all(is_gone(pid) for pid in workers)
     stacks = [(tmp_path / "run" / "logs" / f"stacks-{number}.txt").read_text() for number in range(2)]
     assert "in stall" in stacks[1] and "in stall" not in stacks[0]
