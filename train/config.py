@@ -70,7 +70,7 @@ class RoutingConfig:
     random_second: bool | None = None
     """Take the second expert by chance: gshard."""
     bias_rate: float | None = None
-    """Step of the bias that balances without a loss: sigmoid. Unset: 3 / `steps`, at least 0.001."""
+    """Step of the bias that balances without a loss: sigmoid. Unset: 3 / `steps`, from 0.001 to 0.03."""
     expert_groups: int | None = None
     """Parts into which the experts are cut: sigmoid."""
     limit_groups: int | None = None

@@ -39,7 +39,7 @@ def bias_rate(config: TrainConfig) -> float:
     the scores, which lie between 0 and 1, in the first third of it.
     """
     given = config.model.moe.routing.bias_rate
-    return max(1e-3, 3 / config.steps) if given is None else given
+    return min(max(1e-3, 3 / config.steps), 0.03) if given is None else given
 
 
 def make_model(config: TrainConfig, vocab_size: int, rngs: nnx.Rngs) -> moejax.Transformer:
