@@ -334,14 +334,18 @@ MESHES = [
     ("--mesh.expert", 2),
     ("--mesh.expert", 4),
     ("--mesh.expert_node", 2, "--mesh.expert", 2),
-    ("--mesh.tensor", 2, "--mesh.expert", 2),
-    ("--mesh.fsdp", "true", "--mesh.expert", 2),
 ]
+# Of these, the layout that has them both within processes and across.
+FURTHER_MESHES = [("--mesh.tensor", 2, "--mesh.expert", 2), ("--mesh.fsdp", "true", "--mesh.expert", 2)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: " ".join(map(str, mesh)))
-@pytest.mark.parametrize(("count", "devices"), [(1, 4), (2, 2), (4, 1)])
+@pytest.mark.parametrize(
+    ("count", "devices", "mesh"),
+    [(count, 4 // count, mesh) for count in (1, 2, 4) for mesh in MESHES]
+    + [(2, 2, mesh) for mesh in FURTHER_MESHES],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else str(value),
+)
 def test_the_loss_does_not_depend_on_processes_and_axes(in_one_process, count, devices, mesh):
     folder, config, one = in_one_process
     workdir = folder / f"{count} {devices} {mesh}"
