@@ -109,7 +109,7 @@ def grouped_matmul(
     Args:
       rows_ND: rows packed by group from row 0.
       w_EDF: one matrix per group, of the rows' dtype.
-      group_sizes_E: int32 rows per group; what exceeds N in all is cut off.
+      group_sizes_E: int32 rows per group; a negative size is 0, and what exceeds N in all is cut off.
       implementation: a key of IMPLEMENTATIONS; None takes `default_implementation`.
       dtype: of the result; None takes that of the rows.
 

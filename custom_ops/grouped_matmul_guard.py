@@ -17,7 +17,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from custom_ops.grouped_matmul_triton import call_kernel, group_bounds
+from custom_ops.grouped_matmul_triton import call_kernel
+from custom_ops.groups import group_bounds
 
 # Rows and columns of the tiles in which memory is gone through.
 _ROWS, _COLUMNS, _WARPS = 128, 128, 8

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 
 from custom_ops.checks import require
 from custom_ops.grouped_matmul_guard import clean_shared_blocks, spoil_groups, zero_tail
+from custom_ops.groups import group_bounds
 from custom_ops.target import target
 from custom_ops.varying import vary_like
 
@@ -43,7 +44,7 @@ def _rowwise(lhs, w_EDF, sizes_E, dtype, *, transpose: bool) -> jax.Array:
 
     E, D, F = w_EDF.shape
     _require_fit(lhs.dtype, D, F, E, dtype)
-    sizes_E = _cut_off(sizes_E, lhs.shape[0])
+    sizes_E = jnp.diff(group_bounds(sizes_E, lhs.shape[0]))
     out = ragged_dot(
         lhs,
         w_EDF,
@@ -61,7 +62,7 @@ def drhs(rows_ND, dout_NF, sizes_E, dtype: DTypeLike) -> jax.Array:
 
     (N, D), F, E = rows_ND.shape, dout_NF.shape[1], sizes_E.shape[0]
     _require_fit(rows_ND.dtype, D, F, E, dtype)
-    sizes_E = _cut_off(sizes_E, N)
+    sizes_E = jnp.diff(group_bounds(sizes_E, N))
     block = _TILES["block_k"]
     rows_ND, bad_rows_E = clean_shared_blocks(zero_tail(rows_ND, sizes_E), sizes_E, block)
     dout_NF, bad_dout_E = clean_shared_blocks(zero_tail(dout_NF, sizes_E), sizes_E, block)
@@ -94,8 +95,3 @@ def misfit(dtype: DTypeLike, D: int, F: int, E: int, result_dtype: DTypeLike | N
 def _require_fit(dtype, D: int, F: int, E: int, result_dtype) -> None:
     reason = misfit(dtype, D, F, E, result_dtype)
     require(reason is None, "implementation", "one that can form this product", f"'mosaic', but {reason}")
-
-
-def _cut_off(sizes_E: jax.Array, N: int) -> jax.Array:
-    ends_E = jnp.minimum(jnp.cumsum(sizes_E, dtype=jnp.int32), N)
-    return jnp.diff(ends_E, prepend=jnp.int32(0))

@@ -19,6 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
 from custom_ops.dtypes import wide
+from custom_ops.groups import group_bounds
 from custom_ops.target import target
 from custom_ops.varying import result_like, vary_like
 
@@ -81,12 +82,6 @@ def _row_tiles(sizes_E: jax.Array, N: int, rows: int) -> tuple[jax.Array, jax.Ar
     group_C = jnp.minimum(group_C, E)
     first_tile_C = jnp.pad(tiles_before, (1, 0))[group_C]
     return group_C, bounds[group_C] + (tile_C - first_tile_C) * rows, bounds[group_C + 1]
-
-
-def group_bounds(sizes_E: jax.Array, N: int) -> jax.Array:
-    """Group e owns rows bounds[e] to bounds[e + 1], int32 [E + 1]."""
-    ends_E = jnp.minimum(jnp.cumsum(sizes_E, dtype=jnp.int32), N)
-    return jnp.pad(ends_E, (1, 0))
 
 
 def _rowwise_kernel(w_axis, tiling, group_ref, first_ref, end_ref, lhs_ref, w_ref, out_ref):

@@ -14,6 +14,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from custom_ops.dtypes import wide
+from custom_ops.groups import group_bounds
 from custom_ops.varying import vary_like
 
 # Window sizes in rows: steps of at most two waste few masked rows, each one is a loop more to compile.
@@ -38,7 +39,7 @@ def _rowwise(lhs_NA, w_EDF, sizes_E, dtype, *, w_axis: int):
     out_NB = vary_like(jnp.zeros((N, B), dtype), lhs_NA, w_EDF, sizes_E)
     if 0 in (N, w_EDF.shape[0]):
         return out_NB
-    bounds = _bounds(sizes_E, N)
+    bounds = group_bounds(sizes_E, N)
 
     def group(e, out_NB):
         w_DF = lax.dynamic_index_in_dim(w_EDF, e, 0, keepdims=False)
@@ -64,7 +65,7 @@ def drhs(rows_ND, dout_NF, sizes_E, dtype: DTypeLike) -> jax.Array:
     dw_EDF = vary_like(jnp.zeros((E, D, F), sums), rows_ND, dout_NF, sizes_E)
     if 0 in (N, E):
         return dw_EDF.astype(dtype)
-    bounds = _bounds(sizes_E, N)
+    bounds = group_bounds(sizes_E, N)
 
     def group(e, dw_EDF):
         def window(R, start, mask_R, dw_EDF):
@@ -84,12 +85,6 @@ def drhs(rows_ND, dout_NF, sizes_E, dtype: DTypeLike) -> jax.Array:
         return _cover(bounds[e], bounds[e + 1], N, WINDOWS, window, dw_EDF)
 
     return lax.fori_loop(0, E, group, dw_EDF).astype(dtype)
-
-
-def _bounds(sizes_E: jax.Array, N: int) -> jax.Array:
-    """Group e owns rows bounds[e] to bounds[e + 1], int32 [E + 1]."""
-    ends_E = jnp.minimum(jnp.cumsum(sizes_E, dtype=jnp.int32), N)
-    return jnp.pad(ends_E, (1, 0))
 
 
 def _cover(

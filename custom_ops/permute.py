@@ -19,11 +19,13 @@ def permute(x_TD: jax.Array, plan: DispatchPlan, weights_TK: jax.Array | None = 
     """rows_ND: row n is the row of its token, times the weight of its choice if weights are given.
 
     Empty rows are exactly 0, whatever stands in x. The product is formed in at least f32; the result has the
-    dtype of x, which may be an integer type when there are no weights.
+    dtype of x, which may be an integer type when there are no weights. Both tables of the plan must be those of
+    `make_plan`: of rows that one names and the other does not know, nothing is promised.
 
     Raises:
       ValueError: ranks, dtypes or sizes that do not belong together.
     """
+    _require_plan(plan)
     require_array("x_TD", x_TD, "[T, D]")
     T, K = plan.position_TK.shape
     require(x_TD.shape[0] == T, "x_TD", f"{T} tokens as in the plan", f"shape {x_TD.shape}")
@@ -46,6 +48,7 @@ def unpermute(rows_ND: jax.Array, plan: DispatchPlan, weights_TK: jax.Array | No
     Raises:
       ValueError: ranks, dtypes or sizes that do not belong together.
     """
+    _require_plan(plan)
     require_array("rows_ND", rows_ND, "[N, D]", kind=jnp.floating)
     N = plan.choice_N.shape[0]
     require(rows_ND.shape[0] == N, "rows_ND", f"{N} rows as in the plan", f"shape {rows_ND.shape}")
@@ -55,6 +58,14 @@ def unpermute(rows_ND: jax.Array, plan: DispatchPlan, weights_TK: jax.Array | No
         return _unpermute_weighted(rows_ND, weights_TK, plan)
     rows_ND, _, plan = _vary_alike(rows_ND, None, plan)
     return _unpermute(rows_ND, plan)
+
+
+def _require_plan(plan: DispatchPlan) -> None:
+    require(isinstance(plan, DispatchPlan), "plan", "what make_plan returns", type(plan).__name__)
+    require_array("plan.position_TK", plan.position_TK, "[T, K]", kind=jnp.integer)
+    require_array("plan.choice_N", plan.choice_N, "[N]", kind=jnp.integer)
+    K = plan.position_TK.shape[1]
+    require(plan.num_choices == K, "plan.num_choices", f"{K} as in plan.position_TK", plan.num_choices)
 
 
 def _require_weights(weights_TK, payload, name, shape) -> None:

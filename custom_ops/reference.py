@@ -128,6 +128,7 @@ def swiglu_backward(hidden_N2F, da_NF, weight_N) -> tuple[jax.Array, jax.Array, 
 
 def _group_masks(group_sizes_E, N: int) -> jax.Array:
     """bool [E, N]: the row belongs to the group."""
+    group_sizes_E = jnp.maximum(group_sizes_E, 0)
     ends_E = jnp.cumsum(group_sizes_E)
     row_N = jnp.arange(N)[None, :]
     return (row_N >= (ends_E - group_sizes_E)[:, None]) & (row_N < ends_E[:, None])

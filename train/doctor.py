@@ -86,8 +86,8 @@ def _native_ops() -> Iterator[tuple[str, str, bool]]:
     """What was compiled when moejax was installed; without it plain XLA takes its place, slower."""
     from custom_ops import native
 
-    yield "native ops, CPU", native.describe(), True
-    yield "native ops, CUDA", native.describe_cuda(), True
+    for name, described in (("CPU", native.describe()), ("CUDA", native.describe_cuda())):
+        yield f"native ops, {name}", described, "does not load" not in described
 
 
 def _grouped_matmul() -> Iterator[tuple[str, str, bool]]:

@@ -56,7 +56,8 @@ class ExpertWatch:
             share = layers["load"][layer].max() / max(layers["load"][layer].sum(), 1)
             yield (
                 f"step {step}: routing collapses: in MoE layer {layer} one expert has {share:.0%} of the "
-                "choices; raise model.moe.routing.balance_weight, lower optimizer.learning_rate, or warm up longer"
+                "choices; raise model.moe.routing.balance_weight (without a loss, as with sigmoid: lower "
+                "model.moe.routing.bias_rate), lower optimizer.learning_rate, or warm up longer"
             )
         dropped = metrics["moe/dropped_fraction"]
         if self._begins("drops", dropped > self._drop_limit):

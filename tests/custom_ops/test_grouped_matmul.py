@@ -99,6 +99,14 @@ class GroupedMatmulConformance:
         for product in dirty[:2]:
             assert (product[int(sizes.sum()) :] == 0).all()
 
+    @pytest.mark.parametrize(
+        "sizes, meant", [([40, 40, 40, 3], [40, 24, 0, 0]), ([-3, 40, -1, 10], [0, 40, 0, 10])]
+    )
+    def test_sizes_beyond_the_rows_are_cut_off_and_negative_ones_are_0(self, sizes, meant):
+        rows, w, dout, _ = operands("even")
+        got, want = (self.all_three(rows, w, dout, jnp.asarray(s, jnp.int32)) for s in (sizes, meant))
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+
     def test_a_bad_row_stays_in_its_group(self):
         rows, w, dout, sizes = operands("odd sizes and tail")
         rows = rows.at[67].set(jnp.nan)  # the only row of group 2
@@ -237,12 +245,6 @@ class GroupedMatmulConformance:
 class TestWindows(GroupedMatmulConformance):
     implementation = "windows"
 
-    def test_sizes_beyond_the_rows_are_cut_off(self):
-        rows, w, dout, _ = operands("even")
-        got = self.all_three(rows, w, dout, jnp.asarray([40, 40, 40, 3], jnp.int32))
-        want = self.all_three(rows, w, dout, jnp.asarray([40, 24, 0, 0], jnp.int32))
-        jax.tree.map(np.testing.assert_array_equal, got, want)
-
     def test_one_loop_over_groups_whatever_their_number(self):
         def instructions(E):
             args = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((64, 4), (E, 4, 4))]
@@ -256,12 +258,6 @@ class TestTriton(GroupedMatmulConformance):
     """In Pallas's interpreter; tests/gpu runs the compiled kernels."""
 
     implementation = "triton"
-
-    def test_sizes_beyond_the_rows_are_cut_off(self):
-        rows, w, dout, _ = operands("even")
-        got = self.all_three(rows, w, dout, jnp.asarray([40, 40, 40, 3], jnp.int32))
-        want = self.all_three(rows, w, dout, jnp.asarray([40, 24, 0, 0], jnp.int32))
-        jax.tree.map(np.testing.assert_array_equal, got, want)
 
     @pytest.mark.slow
     def test_several_tiles_in_every_direction(self):

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import functools
 import types
 
@@ -260,6 +261,12 @@ X, ROWS, WEIGHTS = jnp.zeros((4, 3)), jnp.zeros((8, 3)), jnp.zeros((4, 2))
 @pytest.mark.parametrize(
     "call, words",
     [
+        (lambda: custom_ops.permute(X, (1, 2)), ("plan", "make_plan", "tuple")),
+        (lambda: custom_ops.unpermute(ROWS, None), ("plan", "make_plan", "NoneType")),
+        (
+            lambda: custom_ops.unpermute(ROWS, dataclasses.replace(PLAN, num_choices=3)),
+            ("plan.num_choices", "2 as in plan.position_TK", "3"),
+        ),
         (lambda: custom_ops.permute(X[0], PLAN), ("x_TD", "rank 2", "(3,)")),
         (lambda: custom_ops.permute(X[:3], PLAN), ("x_TD", "4 tokens", "(3, 3)")),
         (lambda: custom_ops.permute(X, PLAN, WEIGHTS[:, :1]), ("weights_TK", "(4, 2)", "(4, 1)")),

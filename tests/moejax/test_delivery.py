@@ -275,7 +275,7 @@ def test_a_full_buffer_of_experts_drops_the_same_share_of_each():
     for device in range(4):  # of either group, the first and the last half of the senders
         here = slice(device * TOKENS_PER_DEVICE, (device + 1) * TOKENS_PER_DEVICE)
         counts = np.bincount(ids[here][served[here]], minlength=num_experts)
-        assert counts.tolist() == [0, 0, 0, 0, 4, 4, 4, 4] if device < 2 else [4, 4, 4, 4, 0, 0, 0, 0]
+        assert counts.tolist() == ([0, 0, 0, 0, 4, 4, 4, 4] if device < 2 else [4, 4, 4, 4, 0, 0, 0, 0])
 
 
 def test_wire_bytes_are_those_of_the_formula():

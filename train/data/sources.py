@@ -108,7 +108,7 @@ def read_documents(files: Files, text_field: str) -> Iterator[Document]:
             if files.kind == "text":
                 content = path.read_bytes()
                 if not warned and not _looks_like_text(content):
-                    log.warning("%s: %s does not look like text; it is read byte by byte", files.field, path)
+                    log.warning("%s: %s does not look like text; it is read as it is", files.field, path)
                     warned = True  # not for each of thousands
                 yield Document(files.field, str(path), content)
             elif files.kind == "jsonl":

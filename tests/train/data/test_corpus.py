@@ -164,7 +164,7 @@ def test_bytes_that_are_no_text_give_a_warning(tmp_path, caplog, content, is_war
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_bytes(content)
     load(tmp_path)
-    expected = f"data.path: {tmp_path / 'a.txt'} does not look like text; it is read byte by byte"
+    expected = f"data.path: {tmp_path / 'a.txt'} does not look like text; it is read as it is"
     assert caplog.messages == [expected] * is_warned, "once for all files"
 
 
