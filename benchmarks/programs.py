@@ -44,9 +44,9 @@ def exchange_row(name: str, *, nodes: int, **options) -> list[object]:
 def memory_row(count: int, received: str) -> list[object]:
     """One line of the table of what a layer keeps."""
     low, high = (
-        compile_moe(SIZES, count=count, depth=depth, received=received).temporary_bytes for depth in (2, 4)
+        compile_moe(SIZES, count=count, depth=depth, received=received).temporary_bytes for depth in (2, 8)
     )
-    slope, formula = (high - low) / 2, kept_bytes(count, received)
+    slope, formula = (high - low) / 6, kept_bytes(count, received)
     name = "1 H200" if count == 1 else f'{count} H200s, received = "{received}"'
     return [name, f"{slope / 2**20:.1f}", f"{formula / 2**20:.1f}", f"{slope / formula:.3f}"]
 

@@ -127,10 +127,10 @@ def kept_bytes(count: int, received: str) -> int:
 
 @pytest.mark.parametrize(("count", "received"), [(1, "keep"), (8, "keep"), (8, "resend")])
 def test_memory_per_layer(count, received):
-    at = {depth: program(count, depth=depth, received=received).temporary_bytes for depth in (2, 4)}
-    slope = (at[4] - at[2]) / 2
-    # How XLA lays buffers out at the peak differs a little between depths: 4 % less than the formula with "keep".
-    assert slope == pytest.approx(kept_bytes(count, received), rel=0.05)
+    # From 2 layers to 8: between neighbouring depths what stands beside at the peak jumps by a few per cent of a layer.
+    at = {depth: program(count, depth=depth, received=received).temporary_bytes for depth in (2, 8)}
+    slope = (at[8] - at[2]) / 6
+    assert slope == pytest.approx(kept_bytes(count, received), rel=0.02)
     if count == 1:
         assert slope <= 1.05 * (2 * T * D + 4 * T * K * F)
 
