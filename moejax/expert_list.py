@@ -21,9 +21,16 @@ class ExpertList(nnx.Module):
     Every expert runs on all tokens and its result counts where it was chosen, since the sizes of arrays cannot depend
     on the choices: E / K times the work of chosen experts alone. One program runs on all devices, so they cannot be
     split over expert axes; over `data` they can be used as they are.
+
+    Raises:
+      ValueError: there are not `num_experts` of them.
     """
 
-    def __init__(self, experts: Sequence[nnx.Module]):
+    def __init__(self, experts: Sequence[nnx.Module], num_experts: int):
+        if len(experts) != num_experts:
+            raise ValueError(
+                f"experts = a list of {len(experts)}: must be num_experts ({num_experts}) modules"
+            )
         self.experts = nnx.List(experts)
 
     def __call__(self, x_TD: jax.Array, plan: DispatchPlan, weights_TK: jax.Array) -> jax.Array:
@@ -39,16 +46,18 @@ class ExpertList(nnx.Module):
             )
         ends_E = jnp.cumsum(plan.group_sizes_P)
         expert_TK = jnp.sum(plan.position_TK[:, :, None] >= ends_E[None, None, :], axis=-1)
+        filler_D = (1 - 2 * (jnp.arange(x_TD.shape[1]) % 2)).astype(x_TD.dtype)
         y_TD = jnp.zeros_like(x_TD)
         for number, expert in enumerate(self.experts):
             chosen_TK = (expert_TK == number) & (plan.position_TK >= 0)
             weight_T = jnp.sum(jnp.where(chosen_TK, weights_TK, 0), axis=1)
-            # Tokens that did not choose it enter as 0, so that what it makes of them is in no gradient.
-            own_TD = jnp.where(jnp.any(chosen_TK, axis=1)[:, None], x_TD, 0)
+            # In place of tokens that did not choose it stand ones of mean 0 and variance 1, finite through any norm.
+            is_own_T1 = jnp.any(chosen_TK, axis=1)[:, None]
+            own_TD = jnp.where(is_own_T1, x_TD, filler_D[None, :])
             result_TD = expert(own_TD)
             if result_TD.shape != x_TD.shape:
                 raise ValueError(
                     f"experts[{number}] returned shape {result_TD.shape}: must be that of its input, {x_TD.shape}"
                 )
-            y_TD += (weight_T[:, None] * result_TD).astype(y_TD.dtype)
+            y_TD += jnp.where(is_own_T1, weight_T[:, None] * result_TD, 0).astype(y_TD.dtype)
         return y_TD

@@ -104,6 +104,12 @@ class MoEStats:
         )
 
 
+def _check_integers(at_least: int, **arguments: object) -> None:
+    for argument, value in arguments.items():
+        if not isinstance(value, (int, np.integer)) or value < at_least:
+            raise ValueError(f"{argument} = {value!r}: must be an integer of at least {at_least}")
+
+
 class MoE(nnx.Module):
     """A sparse FFN: a router sends each token to K of E experts and sums what they return.
 
@@ -175,53 +181,35 @@ class MoE(nnx.Module):
         rngs: nnx.Rngs,
         **router_options: Any,
     ):
-        sizes = {"d_model": d_model, "d_hidden": d_hidden, "num_experts": num_experts}
-        for argument, size in sizes.items():
-            if not isinstance(size, (int, np.integer)) or size < 1:
-                raise ValueError(f"{argument} = {size!r}: must be an integer of at least 1")
-        if not isinstance(shared_experts, (int, np.integer)) or shared_experts < 0:
-            raise ValueError(f"shared_experts = {shared_experts!r}: must be an integer of at least 0")
+        _check_integers(1, d_model=d_model, d_hidden=d_hidden, num_experts=num_experts)
+        _check_integers(0, shared_experts=shared_experts, shadow=shadow)
         check_options(exchange=exchange, overflow=overflow, wire=wire, chunks=chunks)
         check_factor("buffer_factor", buffer_factor, finite=True)
         if received not in RECEIVED:
             raise ValueError(f"received = {received!r}: must be one of {sorted(RECEIVED)}")
-        if not 0 <= shadow <= num_experts:
-            raise ValueError(f"shadow = {shadow}: must be between 0 and num_experts ({num_experts})")
+        if shadow > num_experts:
+            raise ValueError(f"shadow = {shadow}: must be at most num_experts ({num_experts})")
         if balance_over not in BALANCE_OVER:
             raise ValueError(f"balance_over = {balance_over!r}: must be one of {', '.join(BALANCE_OVER)}")
         if isinstance(router, str):
             router = make_router(router, d_model, num_experts, top_k=top_k, rngs=rngs, **router_options)
         elif router_options:
             raise ValueError(f"{', '.join(router_options)}: options of a router by name; got a router itself")
+        ffn = {"out_scale": out_scale, "dtype": dtype, "rngs": rngs}
         activation = experts if isinstance(experts, str) else "swiglu"
         if isinstance(experts, str):
-            experts = Experts(
-                num_experts,
-                d_model,
-                d_hidden,
-                activation=experts,
-                bias=expert_bias,
-                out_scale=out_scale,
-                dtype=dtype,
-                rngs=rngs,
-            )
-        elif not isinstance(experts, nnx.Module):
-            if len(experts) != num_experts:
-                raise ValueError(
-                    f"experts = a list of {len(experts)}: must be num_experts ({num_experts}) modules"
-                )
-            experts = ExpertList(experts)
-        if expert_bias and not isinstance(experts, Experts):
+            experts = Experts(num_experts, d_model, d_hidden, activation=experts, bias=expert_bias, **ffn)
+        elif expert_bias:
             raise ValueError("expert_bias = True: of experts by name; got experts themselves")
+        elif not isinstance(experts, nnx.Module):
+            experts = ExpertList(experts, num_experts)
         self.d_model = d_model
         self.router = router
         self.experts = experts
         self.num_experts = num_experts
         self.shadow = shadow
         self.received = received
-        self.demand_E = (
-            RouterState(jnp.zeros((num_experts,), jnp.float32), axes=("router",)) if shadow else None
-        )
+        self.demand_E = RouterState(jnp.zeros(num_experts), axes=("router",)) if shadow else None
         self.delivery: dict[str, Any] = {
             "exchange": exchange,
             "overflow": overflow,
@@ -229,18 +217,9 @@ class MoE(nnx.Module):
             "chunks": chunks,
             "wire": wire,
         }
-        self.shared = (
-            FeedForward(
-                d_model,
-                shared_experts * d_hidden,
-                activation=activation,
-                out_scale=out_scale,
-                dtype=dtype,
-                rngs=rngs,
-            )
-            if shared_experts
-            else None
-        )
+        self.shared = None
+        if shared_experts:
+            self.shared = FeedForward(d_model, shared_experts * d_hidden, activation=activation, **ffn)
         own = getattr(router, "default_losses", Router.default_losses)
         weight = lambda name, given: own.get(name, 0.0) if given is None else given  # noqa: E731
         self.balance_weight, self.balance_over = weight("balance", balance_weight), balance_over

@@ -11,7 +11,7 @@ import moejax
 from moejax.cost import exchange_bytes
 from moejax.wire import row_bytes
 from tests.moejax.layer_under_load import make_mesh
-from tests.moejax.test_moe import D, T, assert_equals_oracle, draw, make_layer
+from tests.moejax.whole_layer import D, T, assert_equals_oracle, draw, make_layer
 
 
 def compiled(layout, **options) -> str:
