@@ -38,7 +38,7 @@ from train.lock import lock_run
 from train.logs import held_back
 from train.model import ModelSpec, make_mesh, product_precision
 from train.monitor import Bystander, Monitor
-from train.program import make_program
+from train.program import Program, make_program
 from train.reporter import Reporter
 from train.selfcheck import check_collectives, check_devices
 from train.signals import Stop, stop_signals
@@ -148,23 +148,11 @@ def _train(config: TrainConfig, workdir: Path, failure: NotFinite | None) -> Non
             is_best = is_late = False
             if last or _due(step, config.eval.every):
                 reporter.flush()
-                part = config.eval.max_batches
                 with monitor.paused(), watchdog.paused():
-                    if last and part is not None:
-                        log.info("evaluating on the whole validation split")
-                    whole = None if last else part
-                    split = validation_batches(corpus, batch_size, sequence_length, whole, rows)
-                    total = num_validation_batches(corpus, batch_size, sequence_length, whole)
-                    progress = partial(monitor.evaluating, total=total)
-                    evaluation = evaluate(
-                        eval_step,
-                        state.params,
-                        split,
-                        mesh,
-                        experts_of_layers=program.spec.experts_of_layers,
-                        progress=progress,
+                    evaluation = _evaluate(
+                        config, corpus, rows, program, eval_step, state, monitor, whole=last
                     )
-                    extra |= evaluation.standing(part)
+                    extra |= evaluation.standing(config.eval.max_batches)
                     if config.checkpoint.every > 0:
                         is_best = processes.from_first(checkpoints.would_be_best(extra))
                 state = _report_evaluation(monitor, step, evaluation, state)
@@ -212,6 +200,32 @@ def _require_agreement(config: TrainConfig, corpus: Corpus) -> None:
             "data.path": corpus.content_hash,
             "data.tokenizer": corpus.tokenizer_hash,
         }
+    )
+
+
+def _evaluate(
+    config: TrainConfig,
+    corpus: Corpus,
+    rows: slice,
+    program: Program,
+    eval_step: Any,
+    state: TrainState,
+    monitor: Monitor | Bystander,
+    *,
+    whole: bool,
+) -> Evaluation:
+    """On the whole validation split, or on as much of it as the config says."""
+    part = config.eval.max_batches
+    if whole and part is not None:
+        log.info("evaluating on the whole validation split")
+    sizes = corpus, config.data.batch_size, config.data.sequence_length, None if whole else part
+    return evaluate(
+        eval_step,
+        state.params,
+        validation_batches(*sizes, rows),
+        program.mesh,
+        experts_of_layers=program.spec.experts_of_layers,
+        progress=partial(monitor.evaluating, total=num_validation_batches(*sizes)),
     )
 
 

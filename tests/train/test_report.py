@@ -175,7 +175,8 @@ def test_report_of_a_trained_run(tmp_path, capsys):
     table = page.cells[page.cells.index("MoE layer") + 4 :]
     assert len(table) == 4 * (4 + 8) and any("%" in cell for cell in table[3::4])
     shares = np.array([float(cell.rstrip("%")) for cell in table[2::4]])
-    np.testing.assert_allclose([shares[:4].sum(), shares[4:].sum()], 100, atol=0.5)
+    # Each share is printed to one digit behind the point.
+    np.testing.assert_array_less(np.abs([shares[:4].sum() - 100, shares[4:].sum() - 100]), [0.21, 0.41])
     lines = small.read_metrics(tmp_path / "run")
     for name in ("moe/layers/load", "moe/layers/dead", "eval/moe/layers/load"):
         rows = [line[name] for line in lines if name in line]
