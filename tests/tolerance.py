@@ -7,6 +7,8 @@ import numpy as np
 
 # One f32 rounding is 6e-8; a sum of a few thousand terms in another order moves the last few digits.
 F32 = 2e-6
+# What a router and its losses compute of one token's logits, against NumPy in f64.
+ROUTING = 1e-6
 # The same sums on another number of devices.
 LAYOUT = 1e-6
 F64 = 1e-12

@@ -78,8 +78,8 @@ def test_values_and_gradients_of_the_losses_and_weights(shared):
             values, weights = losses(x * jitter)
             return values.sum() + np.where(ids >= 0, weights * cotangent, 0).sum()
 
-        tolerance.assert_close(values, losses(logits.astype(np.float64))[0], tolerance.F32, case)
-        tolerance.assert_close(ours["dx"], naive.numeric_gradient(total, x), tolerance.F32, case)
+        tolerance.assert_close(values, losses(logits.astype(np.float64))[0], tolerance.ROUTING, case)
+        tolerance.assert_close(ours["dx"], naive.numeric_gradient(total, x), tolerance.ROUTING, case)
 
 
 def assert_same_on(layout, shared):
