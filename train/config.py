@@ -125,7 +125,7 @@ class MoEConfig:
     """What becomes of choices beyond the static buffers: carried out in further rounds, or dropped and counted."""
     capacity_factor: float | None = None
     """Size of the buffers, under `drop` also of every expert's capacity, in units of what balanced choices need.
-    Unset: 1.25 under `drop`; else 1.15 on GPUs, on CPU room for whatever may arrive, so that one round is enough."""
+    Unset: 1.25 under `drop`, else 1.15."""
     chunks: int = 1
     """Pieces in which the tokens go through a layer, so that one travels while another is computed."""
     shadow: int = 0

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 import moejax
+from moejax.levels import CAPACITY_FACTOR
 from moejax.mesh import state_shardings
 from moejax.routing import is_linear, router_options
-from train.config import MeshConfig, TrainConfig
+from train.config import MeshConfig, MoEConfig, TrainConfig
 from train.layers import MoELayer, hidden_widths, moe_layers_of
 from train.validation import LOSSES
 
@@ -55,7 +56,7 @@ def make_model(config: TrainConfig, vocab_size: int, rngs: nnx.Rngs) -> moejax.T
             "router": layer.router,
             "exchange": model.moe.exchange,
             "overflow": model.moe.overflow,
-            "buffer_factor": model.moe.capacity_factor,
+            "buffer_factor": _buffer_factor(model.moe),
             "chunks": model.moe.chunks,
             "shadow": model.moe.shadow,
             "wire": model.moe.wire,
@@ -83,6 +84,17 @@ def make_model(config: TrainConfig, vocab_size: int, rngs: nnx.Rngs) -> moejax.T
         dtype=DTYPES[config.precision],
         rngs=rngs,
     )
+
+
+def _buffer_factor(moe: MoEConfig) -> float | None:
+    """The config's, or under rounds the same default on every platform; under `drop` None is the layer's own.
+
+    On CPU a bare layer makes room for whatever may arrive, since a loop of rounds must be tied to the collectives around
+    it. A training step is (`moejax.order`), and takes a third of the time with buffers of this size.
+    """
+    if moe.capacity_factor is None and moe.overflow == "rounds":
+        return CAPACITY_FACTOR
+    return moe.capacity_factor
 
 
 def _routing_options(config: TrainConfig, router: str) -> dict[str, Any]:

@@ -87,7 +87,7 @@ class Steps:
         axes = dict(data=data, expert=expert, **axes)
         self.mesh = moejax.make_mesh(**axes, devices=jax.devices()[: math.prod(axes.values())])
         program = make_program(run, VOCAB, self.mesh)
-        self.spec, self.step = program.spec, program.train_step
+        self.spec, self.step, self.eval_step = program.spec, program.train_step, program.eval_step
         with jax.set_mesh(self.mesh):
             self.state = program.init()
 

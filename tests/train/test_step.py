@@ -55,16 +55,20 @@ def test_layouts_train_alike(layout):
 )
 def test_no_collective_runs_beside_a_loop_of_rounds(case):
     run = small.config(mesh=MeshConfig(fsdp=case.get("fsdp", False)))
-    moe = dataclasses.replace(run.model.moe, capacity_factor=1.15, shadow=1)
+    moe = dataclasses.replace(run.model.moe, shadow=1)
     model = dataclasses.replace(
         run.model, num_layers=case.get("layers", 2), remat=case.get("remat", "none"), moe=moe
     )
     optimizer = dataclasses.replace(run.optimizer, accumulation_steps=case.get("accumulation", 1))
     steps = small.Steps(dataclasses.replace(run, model=model, optimizer=optimizer), **case["axes"])
+    batch = steps.put(small.random_batch(run, 0))
     with jax.set_mesh(steps.mesh):
-        text = steps.step.lower(steps.state, steps.put(small.random_batch(run, 0))).compile().as_text()
-    assert loops_with_collectives(text) >= 2
-    assert not side_by_side(text)
+        training = steps.step.lower(steps.state, batch).compile().as_text()
+        evaluation = steps.eval_step.lower(steps.state.params, batch).compile().as_text()
+    assert loops_with_collectives(training) >= 2
+    assert loops_with_collectives(evaluation) >= 1
+    assert not side_by_side(training)
+    assert not side_by_side(evaluation)
 
 
 @pytest.mark.slow
@@ -88,7 +92,6 @@ def test_split_in_every_way_at_once_it_trains_alike():
         dict(exchange="ragged", capacity_factor=0.6),
         dict(exchange="auto", chunks=2),
         dict(shadow=2),
-        dict(received="resend"),
     ],
     ids=str,
 )
