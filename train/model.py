@@ -89,8 +89,8 @@ def make_model(config: TrainConfig, vocab_size: int, rngs: nnx.Rngs) -> moejax.T
 def _buffer_factor(moe: MoEConfig) -> float | None:
     """The config's, or under rounds the same default on every platform; under `drop` None is the layer's own.
 
-    On CPU a bare layer makes room for whatever may arrive, since a loop of rounds must be tied to the collectives around
-    it. A training step is (`moejax.order`), and takes a third of the time with buffers of this size.
+    On CPU a bare layer makes room for whatever may arrive, since a loop of rounds must be tied to the collectives
+    around it. A training step is (`moejax.order`), and takes a third of the time with buffers of this size.
     """
     if moe.capacity_factor is None and moe.overflow == "rounds":
         return CAPACITY_FACTOR
