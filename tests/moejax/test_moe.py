@@ -238,6 +238,31 @@ def test_drop_drops_the_same_choices_on_every_layout():
     tolerance.assert_close(y_four, y_one, tolerance.F32)
 
 
+class PairRouter(nnx.Module):
+    """Sends a token to two neighbours of the experts: the pair of the number in `token_ids_T`."""
+
+    def __call__(self, x_TD, *, token_mask_T=None, token_ids_T=None, key=None):
+        ids_TK = 2 * token_ids_T[:, None] + jnp.arange(2, dtype=jnp.int32)[None]
+        zeros_TE = jnp.zeros((x_TD.shape[0], E), jnp.float32)
+        valid_T = jnp.ones(x_TD.shape[0], bool)
+        return moejax.Routing(ids_TK, jnp.full(ids_TK.shape, 0.5), zeros_TE, zeros_TE + 1 / E, valid_T)
+
+
+@pytest.mark.parametrize("exchange", ["all_to_all", "all_gather", "ragged"])
+def test_what_a_full_receiver_drops_is_counted_apart(exchange):
+    # A capacity is counted over all data groups, a buffer is of a device of one group: it can be full before its
+    # experts are. With 2 groups of 2 devices of 32 tokens, an expert takes 4 * 32 * 2 / 8 = 32 choices, a device has
+    # room for 32 * 2 = 64. Group 0 sends 32 choices to each of the experts 4 to 7: all admitted, 128 on one device.
+    # In group 1, 48 tokens want experts 4 and 5, which have had theirs, and 16 experts 0 and 1, which have room.
+    pair = np.array([2, 3] * 32 + [2, 2, 2, 0] * 16, np.int32)
+    layer = make_layer(None, router=PairRouter(), overflow="drop", buffer_factor=1.0, exchange=exchange)
+    with jax.set_mesh(make_mesh(2, 1, 2)):
+        _, stats = nnx.jit(lambda layer, x, ids: layer(x, token_ids=ids))(layer, jnp.ones((128, D)), pair)
+    assert stats.load_E.tolist() == [16, 16, 0, 0, 80, 80, 32, 32]
+    assert (int(stats.over_capacity), int(stats.at_sender), int(stats.at_receiver)) == (96, 0, 64)
+    assert int(stats.dropped) == 96 + 64
+
+
 def test_experts_that_the_mesh_does_not_divide_are_refused():
     with (
         jax.set_mesh(moejax.make_mesh(expert=8)),
