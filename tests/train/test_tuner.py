@@ -50,8 +50,8 @@ def test_what_is_chosen_from_given_loads_and_rates(monkeypatch, caplog):
         assert choose(100, even, even) == (False, 0)
         assert choose(100, even, hot) == (True, 3)
         assert choose(200, even, hot) == (False, 3)
-        skewed = [load for load in (10.0, 100.0, 300.0, 1000.0) for _ in range(4)]
-        assert choose(300, even, skewed) == (True, MOST_SHADOWS), "four more would pay"
+        skewed = [load for load in (30.0, 120.0, 900.0, 3000.0) for _ in range(4)]
+        assert choose(300, even, skewed) == (True, MOST_SHADOWS), "more would pay"
         assert choose(400, even, even) == (True, 0)
         # A mean that began with 0 is scaled by the steps that are in it.
         assert choose(1, even, [0.1 * load for load in hot]) == (True, 3)
