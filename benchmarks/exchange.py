@@ -5,12 +5,14 @@
 One SwiGLU layer, forward and backward, T tokens per device. Bytes are those of the results of all collectives that
 the program asks for outside of loops, per device; time is the median of the repeats, all devices on the same
 cores. "one device" is the same layer and the same tokens without a mesh: what expert parallelism costs is the ratio.
+The ties of `moejax.order` are measured where a program is safe without them: with room for all there is no loop.
 """
 
 from __future__ import annotations
 
 import argparse
 from typing import ClassVar
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +21,9 @@ from flax import nnx
 
 import moejax
 from benchmarks import environment
+from moejax import order
 from moejax.levels import CAPACITY_FACTOR
 from moejax.mesh import state_shardings, token_sharding
-from moejax.order import after
 from moejax.routing import Routing
 
 D, F, E, K = 256, 256, 32, 2
@@ -78,7 +80,7 @@ def compiled_step(mesh, tokens: jax.Array, ids_T: jax.Array, options):
     def value(params, x_TD, ids_T):
         y_TD, stats = nnx.merge(graphdef, params)(x_TD, token_ids=ids_T)
         total = jnp.mean(y_TD * y_TD)
-        return after(total, total), (stats.rounds, stats.dropped)
+        return order.after(total, total), (stats.rounds, stats.dropped)
 
     arguments, shardings = (params, tokens, ids_T), {}
     if mesh is not None:
@@ -87,6 +89,18 @@ def compiled_step(mesh, tokens: jax.Array, ids_T: jax.Array, options):
     step = jax.jit(jax.value_and_grad(value, (0, 1), has_aux=True), **shardings)
     traced = step.trace(*arguments)
     return traced.lower().compile(), sent_bytes(traced.jaxpr.jaxpr), arguments
+
+
+def milliseconds_of_ties(mesh, tokens: jax.Array, ids_T: jax.Array, repeats: int) -> dict[str, float]:
+    """Time of the layer with room for all, as it is and with what ties its collectives left out."""
+    options = {"buffer_factor": None}
+    tied, _, (params, x_TD, ids_T) = compiled_step(mesh, tokens, ids_T, options)
+    with mock.patch.object(order, "_tied", lambda array, number: array):
+        untied, *_ = compiled_step(mesh, tokens, ids_T, options)
+    assert "popcnt" in tied.as_text() and "popcnt" not in untied.as_text()
+    steps = {"with": tied, "without": untied}
+    calls = {name: lambda step=step: step(params, x_TD, ids_T) for name, step in steps.items()}
+    return environment.milliseconds(calls, repeats)
 
 
 def sent_bytes(program) -> int:
@@ -146,10 +160,15 @@ def main() -> None:
         for name, options in VARIANTS.items():
             factor = {} if options.get("overflow") == "drop" else {"buffer_factor": CAPACITY_FACTOR}
             rows.append(measure(name, mesh, factor | options))
+        ties = milliseconds_of_ties(mesh, tokens, packed["balanced"], args.repeats)
     header = ["exchange", "MB per device", *(f"{name}: rounds, dropped, ms" for name in packed)]
     sizes = f"D={D}, F={F}, E={E}, K={K}, f32, forward + backward"
     what = f"{args.devices} CPU devices, {args.tokens} tokens on each; {sizes}"
-    environment.save("exchange_cpu", f"Exchanges: {what}", environment.table(header, rows))
+    text = (
+        f"{environment.table(header, rows)}\n\nTies between collectives (`moejax.order`), all_to_all with room for "
+        f"all, balanced: {ties['with']:.0f} ms with them, {ties['without']:.0f} ms without."
+    )
+    environment.save("exchange_cpu", f"Exchanges: {what}", text)
 
 
 if __name__ == "__main__":
