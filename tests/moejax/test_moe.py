@@ -248,19 +248,21 @@ class PairRouter(nnx.Module):
         return moejax.Routing(ids_TK, jnp.full(ids_TK.shape, 0.5), zeros_TE, zeros_TE + 1 / E, valid_T)
 
 
-@pytest.mark.parametrize("exchange", ["all_to_all", "all_gather", "ragged"])
-def test_what_a_full_receiver_drops_is_counted_apart(exchange):
+@pytest.mark.parametrize(("exchange", "at_sender"), [("all_to_all", 32), ("all_gather", 0), ("ragged", 0)])
+def test_what_a_full_receiver_drops_is_counted_apart(exchange, at_sender):
     # A capacity is counted over all data groups, a buffer is of a device of one group: it can be full before its
-    # experts are. With 2 groups of 2 devices of 32 tokens, an expert takes 4 * 32 * 2 / 8 = 32 choices, a device has
-    # room for 32 * 2 = 64. Group 0 sends 32 choices to each of the experts 4 to 7: all admitted, 128 on one device.
-    # In group 1, 48 tokens want experts 4 and 5, which have had theirs, and 16 experts 0 and 1, which have room.
-    pair = np.array([2, 3] * 32 + [2, 2, 2, 0] * 16, np.int32)
+    # experts are. With 2 groups of 2 devices of 64 tokens, an expert takes 256 * 2 / 8 = 64 choices, a device has room
+    # for 64 * 2 = 128. Group 0 sends 64 choices to each of the experts 4 to 7: all admitted, 256 for one device. A
+    # bucket, (1 - 6 / 28) * 64 rows in tiles of 8, holds 56 of the 64 rows that each sender has, of 2 choices each.
+    # In group 1, 96 tokens want experts 4 and 5, which have had theirs, and 32 experts 0 and 1, which have room.
+    pair = np.array([2, 3] * 64 + [2, 2, 2, 0] * 32, np.int32)
     layer = make_layer(None, router=PairRouter(), overflow="drop", buffer_factor=1.0, exchange=exchange)
     with jax.set_mesh(make_mesh(2, 1, 2)):
-        _, stats = nnx.jit(lambda layer, x, ids: layer(x, token_ids=ids))(layer, jnp.ones((128, D)), pair)
-    assert stats.load_E.tolist() == [16, 16, 0, 0, 80, 80, 32, 32]
-    assert (int(stats.over_capacity), int(stats.at_sender), int(stats.at_receiver)) == (96, 0, 64)
-    assert int(stats.dropped) == 96 + 64
+        _, stats = nnx.jit(lambda layer, x, ids: layer(x, token_ids=ids))(layer, jnp.ones((256, D)), pair)
+    assert stats.load_E.tolist() == [32, 32, 0, 0, 160, 160, 64, 64]
+    assert (int(stats.over_capacity), int(stats.at_sender)) == (2 * 96, at_sender)
+    assert int(stats.at_receiver) == 256 - 128 - at_sender
+    assert int(stats.dropped) == 2 * 96 + 256 - 128
 
 
 def test_experts_that_the_mesh_does_not_divide_are_refused():
