@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from moejax.cost import shadows_that_pay
 from moejax.delivery import levels_of
 from moejax.mesh import DATA, EXPERT_AXES, TENSOR, TOKEN_AXES
-from moejax.moe import DEMAND_DECAY
+from moejax.moe import DEMAND_DECAY, MoE
 from moejax.wire import row_bytes
 from train import processes
 from train.config import TrainConfig
@@ -62,13 +62,14 @@ class Tuner:
             lines += dict.fromkeys(line for layer in spec.moe_of_layers() for line in self._exchanges(layer))
         return lines
 
-    def _exchanges(self, layer: Any) -> list[str]:
+    def _exchanges(self, layer: MoE) -> list[str]:
+        router: Any = layer.router  # where experts choose, a token has room for `max_experts` of them
         parts = self._config.optimizer.accumulation_steps * self._devices(*TOKEN_AXES)
         levels = levels_of(
             self._axes,
             num_experts=layer.num_experts,
             num_tokens=self._config.data.batch_size * self._config.data.sequence_length // parts,
-            top_k=getattr(layer.router, "max_experts", layer.router.top_k),
+            top_k=getattr(router, "max_experts", router.top_k),
             width=layer.d_model,
             dtype=DTYPES[self._config.precision],
             **layer.delivery,
