@@ -12,6 +12,7 @@ from flax import nnx
 import moejax
 from moejax.levels import CAPACITY_FACTOR
 from moejax.mesh import most_nodes
+from moejax.order import after
 from tests import tolerance
 from tests.moejax import oracle
 from tests.moejax.layer_under_load import make_mesh
@@ -304,22 +305,29 @@ def test_expert_biases_equal_every_expert_applied_to_every_token(activation, lay
         tolerance.assert_close(actual["experts"][name], reference, tolerance.F32, name)
 
 
-@pytest.mark.parametrize("layout", [None, (1, 1, 2)], ids=str)
-def test_an_ensemble_of_layers_by_vmap(layout):
-    x, dy = draw()
-    layers = [moejax.MoE(D, F, E, top_k=2, rngs=nnx.Rngs(seed)) for seed in range(2)]
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [(None, {}), ((1, 1, 2), {}), ((1, 1, 2), {"buffer_factor": 0.5})],
+    ids=str,
+)
+def test_an_ensemble_of_layers_by_vmap(layout, options):
+    x, dy = draw(skew=6.0)
+    layers = [moejax.MoE(D, F, E, top_k=2, rngs=nnx.Rngs(seed), **options) for seed in range(2)]
     graphdef = nnx.graphdef(layers[0])
 
     def value(params, x):
         y, stats = nnx.merge(graphdef, params)(x)
-        return jnp.sum(y * dy) + stats.aux_loss
+        total = jnp.sum(y * dy)
+        return after(total, total) + stats.aux_loss, stats.rounds
 
     params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(nnx.state(layer) for layer in layers))
-    together = jax.jit(jax.vmap(jax.grad(value, argnums=(0, 1)), in_axes=(0, None)))
+    grad = jax.grad(value, argnums=(0, 1), has_aux=True)
+    together = jax.jit(jax.vmap(grad, in_axes=(0, None)))
     with jax.set_mesh(make_mesh(*layout)) if layout else contextlib.nullcontext():
-        grads = together(params, x)
+        grads, rounds = together(params, x)
+    assert len(set(rounds.tolist())) == (2 if options else 1), "each member takes its own number of rounds"
     for number, layer in enumerate(layers):
-        alone = jax.jit(jax.grad(value, argnums=(0, 1)))(nnx.state(layer), x)
+        alone, _ = jax.jit(grad)(nnx.state(layer), x)
         jax.tree.map(lambda a, b, n=number: tolerance.assert_close(a[n], b, tolerance.F32), grads, alone)
 
 
