@@ -307,7 +307,11 @@ def test_expert_biases_equal_every_expert_applied_to_every_token(activation, lay
 
 @pytest.mark.parametrize(
     ("layout", "options"),
-    [(None, {}), ((1, 1, 2), {}), ((1, 1, 2), {"buffer_factor": 0.5})],
+    [
+        (None, {}),
+        ((1, 1, 2), {}),
+        pytest.param((1, 1, 2), {"buffer_factor": 0.5}, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_an_ensemble_of_layers_by_vmap(layout, options):
