@@ -124,7 +124,10 @@ class Result:
 
 
 def train(run: Run, workdir: pathlib.Path) -> Result:
-    """Start the command, or let it find that it has been done, and read what it wrote."""
+    """Start the command, unless that has been done, and read what it wrote."""
+    metrics = workdir / "metrics.jsonl"
+    if metrics.exists() and any("eval/loss" in line for line in read(metrics)):  # the end of a run
+        return Result(workdir)
     command = [sys.executable, "-m", "train", "train", "quickstart", "--cpu-devices", str(run.devices)]
     command += ["--workdir", str(workdir), *run.words()]
     done = subprocess.run(command, capture_output=True, text=True)
