@@ -1,16 +1,21 @@
 """What each exchange sends, how many rounds each load takes, and how long both take, on CPU devices.
 
-    python -m benchmarks.exchange [--devices 8] [--tokens 512] [--repeats 5]
+    python -m benchmarks.exchange [--devices 8] [--tokens 512] [--repeats 5] [--ties]
 
 One SwiGLU layer, forward and backward, T tokens per device. Bytes are those of the results of all collectives that
 the program asks for outside of loops, per device; time is the median of the repeats, all devices on the same
 cores. "one device" is the same layer and the same tokens without a mesh: what expert parallelism costs is the ratio.
+With --ties it only prints what the ties of `moejax.order` cost, where a program is safe without them: with room for all
+there is no loop. That is CPU time of all cores, which says the same when others use them too.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
+import time
 from typing import ClassVar
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +24,9 @@ from flax import nnx
 
 import moejax
 from benchmarks import environment
+from moejax import order
 from moejax.levels import CAPACITY_FACTOR
 from moejax.mesh import state_shardings, token_sharding
-from moejax.order import after
 from moejax.routing import Routing
 
 D, F, E, K = 256, 256, 32, 2
@@ -78,7 +83,7 @@ def compiled_step(mesh, tokens: jax.Array, ids_T: jax.Array, options):
     def value(params, x_TD, ids_T):
         y_TD, stats = nnx.merge(graphdef, params)(x_TD, token_ids=ids_T)
         total = jnp.mean(y_TD * y_TD)
-        return after(total, total), (stats.rounds, stats.dropped)
+        return order.after(total, total), (stats.rounds, stats.dropped)
 
     arguments, shardings = (params, tokens, ids_T), {}
     if mesh is not None:
@@ -87,6 +92,23 @@ def compiled_step(mesh, tokens: jax.Array, ids_T: jax.Array, options):
     step = jax.jit(jax.value_and_grad(value, (0, 1), has_aux=True), **shardings)
     traced = step.trace(*arguments)
     return traced.lower().compile(), sent_bytes(traced.jaxpr.jaxpr), arguments
+
+
+def cost_of_ties(mesh, tokens: jax.Array, ids_T: jax.Array, repeats: int) -> str:
+    """CPU time of the layer with room for all, as it is and with what ties its collectives left out, taken in turn."""
+    options = {"buffer_factor": None}
+    tied, _, (params, x_TD, ids_T) = compiled_step(mesh, tokens, ids_T, options)
+    with mock.patch.object(order, "_tied", lambda array, number: array):
+        untied, *_ = compiled_step(mesh, tokens, ids_T, options)
+    assert "popcnt" in tied.as_text() and "popcnt" not in untied.as_text()
+    milliseconds: dict[str, list[float]] = {"with": [], "without": []}
+    for _ in range(repeats + 1):
+        for name, step in (("with", tied), ("without", untied)):
+            began = time.process_time()
+            jax.block_until_ready(step(params, x_TD, ids_T))
+            milliseconds[name].append(1e3 * (time.process_time() - began))
+    medians = {name: statistics.median(times[1:]) for name, times in milliseconds.items()}
+    return f"{medians['with']:.0f} ms of CPU time with ties, {medians['without']:.0f} ms without"
 
 
 def sent_bytes(program) -> int:
@@ -121,6 +143,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=512, help="per device")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--ties", action="store_true", help="only what ties between collectives cost")
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", args.devices)
     num_tokens = args.devices * args.tokens
@@ -140,8 +163,12 @@ def main() -> None:
             row.append(f"{int(rounds)}, {int(dropped)}, {milliseconds['step']:.0f}")
         return row
 
-    rows = [measure("one device", None, {})]
     mesh = moejax.make_mesh(expert=args.devices)
+    if args.ties:
+        with jax.set_mesh(mesh):
+            print(cost_of_ties(mesh, tokens, packed["balanced"], args.repeats))
+        return
+    rows = [measure("one device", None, {})]
     with jax.set_mesh(mesh):
         for name, options in VARIANTS.items():
             factor = {} if options.get("overflow") == "drop" else {"buffer_factor": CAPACITY_FACTOR}

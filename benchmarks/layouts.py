@@ -1,86 +1,156 @@
-"""Is the loss the same on every layout? 50 f32 steps on 1, 2, 4 and 8 CPU devices, and the largest difference.
+"""Is the loss the same on every layout, by every exchange? Runs of `moejax train`, 50 f32 steps on up to 8 CPU devices.
 
-    python -m benchmarks.layouts
+    python -m benchmarks.layouts [--all] [--folder DIR]
 
-Same seed, data (the embedded corpus) and config; warm-up of 50 steps and the balance loss over the global batch. The
-reference is one device.
+Every row is a run of its own, as a user starts it: same seed, data (the embedded corpus) and config; warm-up of 50
+steps and the balance loss over the global batch. The reference is one device; every loss of every run must agree with
+its. Without `--all` only the rows marked *, and nothing is written. In a `--folder` the runs are kept, and those that
+it has are not run again.
+
+Batches are small, 1,024 choices of an expert in a layer and step: where two scores of a router differ by less than
+rounding does, another order of summation takes the other expert, and from there on two runs train on different choices.
 """
 
+from __future__ import annotations
+
+import argparse
 import dataclasses
+import pathlib
+import subprocess
+import sys
 import tempfile
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
 
-import jax
+import numpy as np
 
-jax.config.update("jax_num_cpu_devices", 8)
-
-import numpy as np  # noqa: E402  (the devices must be asked for first)
-
-import moejax  # noqa: E402
-from benchmarks import environment  # noqa: E402
-from configs import quickstart  # noqa: E402
-from train.config import TrainConfig  # noqa: E402
-from train.data import TrainingBatches, build_tokenizer, load_corpus  # noqa: E402
-from train.feed import device_batch  # noqa: E402
-from train.program import make_program  # noqa: E402
+from benchmarks import environment
+from train.metrics import read
 
 STEPS = 50
 TOLERANCE = 1e-5  # relative, of every loss
-LAYOUTS = [(1, 1), (1, 2), (2, 1), (1, 4), (2, 2), (4, 1), (1, 8), (2, 4), (4, 2), (8, 1)]
+AT_ONCE = 2
+
+OPTIONS = {
+    "steps": STEPS,
+    "model.num_layers": 2,
+    "model.d_model": 64,
+    "optimizer.warmup_steps": STEPS,
+    "data.batch_size": 8,
+    "data.sequence_length": 64,
+    "data.validation_path": textwrap.__file__,  # short: only the run's steps are compared
+    "log.every": 1,
+    "log.tensorboard": False,
+    "checkpoint.every": 0,
+}
 
 
-def config() -> TrainConfig:
-    base = quickstart.config()
-    return dataclasses.replace(
-        base,
-        steps=STEPS,
-        model=dataclasses.replace(base.model, num_layers=2, d_model=64),
-        optimizer=dataclasses.replace(base.optimizer, warmup_steps=STEPS),
-    )
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One row: sizes of mesh axes, options of `model.moe`, whether it is among the few of the short table."""
+
+    mesh: dict[str, int]
+    moe: dict[str, object] = dataclasses.field(default_factory=dict)
+    fsdp: bool = False
+    short: bool = False
+
+    @property
+    def devices(self) -> int:
+        return int(np.prod(list(self.mesh.values()), dtype=int))
+
+    def words(self) -> list[str]:
+        """The options on the command line."""
+        mesh = {f"mesh.{axis}": size for axis, size in self.mesh.items()}
+        moe = {f"model.moe.{name}": value for name, value in self.moe.items()}
+        options = OPTIONS | mesh | moe | {"mesh.fsdp": self.fsdp}
+        return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
-def losses(run: TrainConfig, data: int, expert: int) -> np.ndarray:
-    """Loss, auxiliary loss and gradient norm of every step, [STEPS, 3]."""
-    tokenizer = build_tokenizer(run.data)
-    batches = TrainingBatches(
-        load_corpus(run.data, tokenizer),
-        batch_size=run.data.batch_size,
-        sequence_length=run.data.sequence_length,
-        seed=run.seed,
-    )
-    mesh = moejax.make_mesh(data=data, expert=expert, devices=jax.devices()[: data * expert])
-    program = make_program(run, tokenizer.vocab_size, mesh)
-    with jax.set_mesh(mesh):
-        state = program.init()
-        reports = []
-        for _ in range(STEPS):
-            state, metrics = program.train_step(state, device_batch(next(batches), mesh))
-            reports.append(jax.device_get([metrics[name] for name in ("loss", "aux_loss", "grad_norm")]))
-        batches.close()
-        return np.asarray(reports, np.float64)
+ONE = Run({}, short=True)
+RUNS = [
+    Run({"data": 8}),
+    Run({"expert": 2}),
+    Run({"expert": 4}, {"exchange": "all_gather"}),
+    Run({"expert": 4}, {"exchange": "auto", "chunks": 2}),
+    Run({"expert": 8}, {"capacity_factor": 8.0}),  # room for whatever may arrive
+    Run({"expert": 8}, {"exchange": "ragged"}, short=True),
+    Run({"expert_node": 2, "expert": 2}, {"chunks": 2, "capacity_factor": 0.5}),
+    Run({"expert_node": 2, "expert": 2}, {"exchange": "all_gather", "shadow": 2}),
+    Run({"expert_node": 2, "expert": 4}, {"shadow": 2}, short=True),
+    Run({"expert_node": 2, "expert": 4}, {"exchange": "ragged", "chunks": 2}),
+    Run({"data": 2, "expert": 4}, {"shadow": 2, "chunks": 2}),
+    Run({"data": 4, "expert": 2}, {"exchange": "all_gather", "chunks": 2}, short=True),
+    Run({"tensor": 2}),
+    Run({"expert": 2, "tensor": 2}),
+    Run({"data": 2, "expert": 2}, fsdp=True),
+    Run({"data": 2, "expert": 2, "tensor": 2}, {"exchange": "auto", "shadow": 2}, fsdp=True, short=True),
+]
+
+
+class Result:
+    """The metrics of every step of a run."""
+
+    def __init__(self, workdir: pathlib.Path):
+        self.lines = [line for line in read(workdir / "metrics.jsonl") if "loss" in line]
+        assert [line["step"] for line in self.lines] == list(range(1, STEPS + 1))
+
+    def compare(self, reference: Result) -> np.ndarray:
+        """Largest relative differences of loss, auxiliary loss and gradient norm in any step, [3]."""
+        names = ("loss", "aux_loss", "grad_norm")
+        mine, other = (
+            np.asarray([[line[name] for name in names] for line in run.lines]) for run in (self, reference)
+        )
+        return (np.abs(mine - other) / np.abs(other)).max(axis=0)
+
+
+def train(run: Run, workdir: pathlib.Path) -> Result:
+    """Start the command, unless that has been done, and read what it wrote."""
+    metrics = workdir / "metrics.jsonl"
+    if metrics.exists() and any("eval/loss" in line for line in read(metrics)):  # the end of a run
+        return Result(workdir)
+    command = [sys.executable, "-m", "train", "train", "quickstart", "--cpu-devices", str(run.devices)]
+    command += ["--workdir", str(workdir), *run.words()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+    return Result(workdir)
 
 
 def main() -> None:
-    run = config()
-    with tempfile.TemporaryDirectory() as cache:
-        jax.config.update("jax_compilation_cache_dir", cache)
-        results = {layout: losses(run, *layout) for layout in LAYOUTS}
-    reference = results[(1, 1)]
-    rows = []
-    for (data, expert), result in results.items():
-        worst = np.max(np.abs(result - reference) / np.abs(reference), axis=0)
-        rows.append(
-            [data * expert, data, expert, f"{result[-1, 0]:.7f}", *(f"{value:.1e}" for value in worst)]
-        )
-    header = ["devices", "data", "expert", "loss of step 50", "loss", "auxiliary loss", "gradient norm"]
-    text = "Largest relative difference from one device over 50 f32 steps:\n\n" + environment.table(
-        header, rows
-    )
-    environment.save("layouts", "The same loss on every layout", text)
-    worst_loss = max(
-        np.max(np.abs(result - reference)[:, 0] / reference[:, 0]) for result in results.values()
-    )
-    if not worst_loss <= TOLERANCE:
-        raise SystemExit(f"the losses differ by {worst_loss:.1e}, more than {TOLERANCE:.0e}")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--all", action="store_true", help="every row, and write results/layouts.md")
+    parser.add_argument("--folder", type=pathlib.Path, help="keep the runs here")
+    args = parser.parse_args()
+    runs = {0: ONE} | {number: run for number, run in enumerate(RUNS, 1) if args.all or run.short}
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(AT_ONCE) as pool:
+        folder = args.folder or pathlib.Path(scratch)
+        results = list(pool.map(train, runs.values(), [folder / str(number) for number in runs]))
+    rows: list[list[object]] = []
+    wrong = []
+    for run, result in zip(runs.values(), results, strict=True):
+        worst = result.compare(results[0])
+        mesh = ", ".join(f"{axis} {size}" for axis, size in run.mesh.items()) or "one device"
+        moe = run.moe | ({"fsdp": "on"} if run.fsdp else {})
+        exchange = moe.pop("exchange", "all_to_all") if run is not ONE else ""
+        others = ", ".join(f"{name} {value}" for name, value in moe.items())
+        differences = [f"{value:.1e}" for value in worst]
+        final, rounds = result.lines[-1]["loss"], max(line["moe/rounds"] for line in result.lines)
+        mark = "*" if run.short else ""
+        rows.append([mesh + mark, exchange, others, rounds, f"{final:.7f}", *differences])
+        if not worst[0] <= TOLERANCE:
+            wrong.append(f"{mesh} {exchange} {others}: {worst[0]:.1e}")
+    header = ["mesh", "exchange", "options", "most rounds", f"loss of step {STEPS}"]
+    header += ["loss", "auxiliary loss", "gradient norm"]
+    text = (
+        f"`moejax train`, {STEPS} f32 steps, compared with one device; the last three columns are the largest relative "
+        "differences in any step.\n\n"
+    ) + environment.table(header, rows)
+    if args.all:
+        environment.save("layouts", "The same loss on every layout, by every exchange", text)
+    else:
+        print(text)
+    if wrong:
+        raise SystemExit(f"more than {TOLERANCE:.0e}:\n" + "\n".join(wrong))
 
 
 if __name__ == "__main__":

@@ -125,33 +125,44 @@ class Rates:
 
 
 def shadows_that_pay(
-    load_E: Sequence[float],
+    loads: Sequence[Sequence[float]],
     rates: Rates,
     *,
     devices: int,
-    row_bytes: int,
-    expert_bytes: int,
+    row_bytes: float,
+    expert_bytes: float,
     row_flops: float,
     at_most: int,
-) -> tuple[int, float]:
-    """How many of the experts in most demand are worth their copies, and the seconds this saves per layer and step.
+    now: int = 0,
+    margin: float = 0.0,
+) -> tuple[int, list[float]]:
+    """How many of the experts in most demand each layer should copy to all devices, and what every number costs.
 
-    The busiest device sets the time of a layer (He et al. 2022, FasterMoE, section 4.1): its rows cross the wire four
-    times, forward and backward, and are multiplied three times the forward pass's operations. A copied expert's rows
-    stay where they are; for that its parameters are summed over all devices once, and its gradients once.
+    After the shadowing policy of FasterMoE (He et al. 2022, PPoPP), one number for all layers. The busiest device sets
+    the time of a layer: its rows cross the wire four times, forward and backward, and are multiplied three times the
+    forward pass's operations. A copied expert's rows stay where they are; for that its parameters are summed over all
+    devices once, and its gradients once. Every choice counts as a row that travels, though a token crosses once for all
+    its experts on one device and some are there already: where K is not small, copies save less than this.
 
     Args:
-      load_E: rows that each expert gets in a step from all devices, a multiple of `devices` of them.
-      expert_bytes: of the parameters of one expert.
-      row_flops: of one row through one expert, forward.
+      loads: of each layer, the rows that each of its experts gets in a pass from all devices that share them; a
+        multiple of `devices` of them.
+      devices: that share the experts.
+      row_bytes: of one row on the wire.
+      expert_bytes: of the parameters of one expert, on one device.
+      row_flops: of one row through one expert, forward, on one device.
       at_most: largest number to be copied.
+      now: the number at present.
+      margin: another number is taken only if it saves more than this share of what `now` costs.
+
+    Returns:
+      The number, and the seconds of all layers in a pass, forward and backward, for each number from 0 to `at_most`.
     """
-    per_device = len(load_E) // devices
-    hottest = sorted(range(len(load_E)), key=lambda expert: -load_E[expert])
     reduced = 2 * (devices - 1) / devices * expert_bytes
 
-    def seconds(count: int) -> float:
-        copied = set(hottest[:count])
+    def layer_seconds(load_E: Sequence[float], count: int) -> float:
+        per_device = len(load_E) // devices
+        copied = set(sorted(range(len(load_E)), key=lambda expert: -load_E[expert])[:count])
         at_home = sum(load_E[expert] for expert in copied) / devices
         busiest = max(
             sum(load_E[e] for e in range(device * per_device, (device + 1) * per_device) if e not in copied)
@@ -164,8 +175,10 @@ def shadows_that_pay(
         )
         return wire + compute + copies
 
-    best = min(range(min(at_most, len(load_E)) + 1), key=seconds)
-    return best, seconds(0) - seconds(best)
+    numbers = range(max(at_most, now) + 1)
+    seconds = [sum(layer_seconds(load_E, count) for load_E in loads) for count in numbers]
+    best = min(range(at_most + 1), key=seconds.__getitem__)
+    return best if seconds[now] - seconds[best] > margin * seconds[now] else now, seconds
 
 
 def cheapest_exchange(link: Link, **shapes) -> tuple[str, dict[str, float]]:

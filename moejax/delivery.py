@@ -6,7 +6,7 @@ Shapes: T tokens on this device, D model width, E experts in all, K experts per 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.capacity import within_capacity
+from moejax.cost import Link
 from moejax.dispatch import ExpertsFn, dispatch
 from moejax.levels import EXCHANGES, REPEAT_FACTOR, Levels, default_factor, make_levels
 from moejax.mesh import ambient_mesh
@@ -62,6 +63,7 @@ def deliver(
     chunks: int = 1,
     shadow: Shadow | None = None,
     wire: str = "none",
+    links: Mapping[str, Link] | None = None,
 ) -> tuple[jax.Array, Account]:
     """y_t = sum_k weights[t, k] * expert_{ids[t, k]}(x_t), wherever the experts are.
 
@@ -79,6 +81,7 @@ def deliver(
       chunks: pieces in which the tokens go, so that one piece can travel while another is computed.
       shadow: the experts to be copied to every device for this batch.
       wire: compression of the rows between devices, name in `wire.WIRES`.
+      links: what devices reach along the axes, for the exchange "auto"; see `make_levels`.
 
     Raises:
       ValueError: an unknown name, a number out of range, shapes that do not fit each other, an axis that no mesh axis
@@ -91,9 +94,7 @@ def deliver(
     _check_axes(axes, token_axes)
     admitted_TK = ids_TK
     if overflow == "drop":
-        capacity_factor = DROP_CAPACITY_FACTOR if capacity_factor is None else capacity_factor
-        admitted_TK = within_capacity(ids_TK, num_experts, capacity_factor, token_axes)
-    factor = default_factor() if capacity_factor is None else capacity_factor
+        admitted_TK = within_capacity(ids_TK, num_experts, _factor(overflow, capacity_factor), token_axes)
     travelling_TK = admitted_TK
     if shadow is not None:
         hot_TD, is_hot_TK, x_TD = serve_hot(
@@ -103,19 +104,24 @@ def deliver(
     num_tokens, top_k = ids_TK.shape
     chunks = chunks if axes else 1
     sizes = partial(
-        make_levels,
-        axes,
+        levels_of,
+        {axis: jax.lax.axis_size(axis) for axis in axes},
         num_experts=num_experts,
-        num_tokens=-(-num_tokens // chunks),
+        num_tokens=num_tokens,
         top_k=top_k,
-        row_bytes=row_bytes(x_TD.shape[1], x_TD.dtype, wire),
+        width=x_TD.shape[1],
+        dtype=x_TD.dtype,
         exchange=exchange,
+        overflow=overflow,
+        capacity_factor=capacity_factor,
+        chunks=chunks,
         wire=wire,
+        links=links,
     )
-    levels = sizes(factor=factor)
+    levels = sizes()
     first = _one_pass(levels, experts, chunks)
     if overflow == "rounds" and levels.can_overflow:
-        again = _one_pass(sizes(factor=factor * REPEAT_FACTOR), experts, chunks)
+        again = _one_pass(sizes(repeated=True), experts, chunks)
         y_TD, left_TK, rounds, facts = in_rounds(first, again, x_TD, weights_TK, travelling_TK, axes)
         (fills, _), at_sender = facts, jnp.int32(0)  # what is left behind is sent in a later round
     else:
@@ -126,6 +132,50 @@ def deliver(
     if shadow is not None:
         y_TD = y_TD + hot_TD
     return y_TD, Account(served_TK, over_capacity, at_sender, rounds, jnp.stack(fills))
+
+
+def levels_of(
+    axes: Mapping[str, int],
+    *,
+    num_experts: int,
+    num_tokens: int,
+    top_k: int,
+    width: int,
+    dtype: jax.typing.DTypeLike,
+    exchange: str,
+    overflow: str,
+    capacity_factor: float | None,
+    chunks: int,
+    wire: str,
+    links: Mapping[str, Link] | None,
+    repeated: bool = False,
+) -> Levels:
+    """The levels that one chunk goes through in a delivery over axes of these sizes.
+
+    Args:
+      num_tokens: T, of all chunks.
+      width, dtype: of a row.
+      repeated: in a further round instead of the first.
+
+    The other arguments are as of `deliver`.
+    """
+    return make_levels(
+        axes,
+        num_experts=num_experts,
+        num_tokens=-(-num_tokens // chunks),
+        top_k=top_k,
+        row_bytes=row_bytes(width, dtype, wire),
+        exchange=exchange,
+        factor=_factor(overflow, capacity_factor) * (REPEAT_FACTOR if repeated else 1),
+        wire=wire,
+        links=links,
+    )
+
+
+def _factor(overflow: str, capacity_factor: float | None) -> float:
+    if capacity_factor is not None:
+        return capacity_factor
+    return DROP_CAPACITY_FACTOR if overflow == "drop" else default_factor()
 
 
 def check_options(*, exchange: str, overflow: str, wire: str, chunks: int) -> None:

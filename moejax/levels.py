@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-
-import jax
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from custom_ops.target import target
-from moejax.cost import NETWORK, NVLINK, cheapest_exchange, share_of_tokens
+from moejax.cost import NETWORK, NVLINK, Link, cheapest_exchange, share_of_tokens
 from moejax.exchange import AllGather, AllToAll, Exchange
 from moejax.mesh import EXPERT_AXES
 from moejax.ragged import Ragged
@@ -42,12 +40,15 @@ class Levels:
       experts_per_device: experts at the end of the way.
       expert_rows: rows of the experts' buffer; None: one for every choice that can arrive.
       can_overflow: whether any buffer is smaller than the most that can arrive.
+      estimates: for each axis whose exchange was "auto", the seconds of each that it could take, forward; see
+        `moejax.cost`.
     """
 
     exchanges: tuple[Exchange, ...]
     experts_per_device: int
     expert_rows: int | None = None
     can_overflow: bool = False
+    estimates: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def below(self) -> Levels:
         """What lies below the outermost wire level."""
@@ -60,7 +61,7 @@ def default_factor() -> float:
 
 
 def make_levels(
-    axes: Sequence[str],
+    axes: Mapping[str, int],
     *,
     num_experts: int,
     num_tokens: int,
@@ -69,25 +70,29 @@ def make_levels(
     exchange: str = "all_to_all",
     factor: float = CAPACITY_FACTOR,
     wire: str = "none",
+    links: Mapping[str, Link] | None = None,
 ) -> Levels:
-    """The levels over `axes`, outermost first, for use inside `shard_map`.
+    """The levels over mesh axes.
 
     Args:
+      axes: their sizes by name, outermost first.
       num_tokens: T, on this device.
       row_bytes: of one row on the wire, there and back.
       exchange: name in `EXCHANGES`.
       factor: size of every buffer in units of what balanced choices fill on average; may be infinite.
       wire: name in `WIRES`.
+      links: what devices reach along each axis, by which "auto" chooses; of an axis that it does not have, or None:
+        `NETWORK` between nodes, `NVLINK` within.
 
     Raises:
       ValueError: the axes do not divide the experts.
     """
-    check_experts(num_experts, {axis: jax.lax.axis_size(axis) for axis in axes})
+    check_experts(num_experts, axes)
     exchanges: list[Exchange] = []
+    estimates: dict[str, Mapping[str, float]] = {}
     rows = num_tokens  # that can arrive at the level
     below, sources, can_overflow = num_experts, 1, False
-    for axis in axes:
-        P = jax.lax.axis_size(axis)
+    for axis, P in axes.items():
         below //= P
         share = share_of_tokens(num_experts, below, top_k)
         bucket = _row_count(factor * share * sources * num_tokens, at_most=rows)
@@ -96,8 +101,8 @@ def make_levels(
             shapes = dict(
                 tokens=rows, bucket_rows=bucket, share=share, devices=P, row_bytes=row_bytes, top_k=top_k
             )
-            link = NETWORK if axis in EXPERT_AXES[:-1] else NVLINK
-            name, _ = cheapest_exchange(link, **shapes)
+            usual = NETWORK if axis in EXPERT_AXES[:-1] else NVLINK
+            name, estimates[axis] = cheapest_exchange((links or {}).get(axis, usual), **shapes)
         if name == "all_gather":
             exchanges.append(AllGather(axis, below, wire))
             rows *= P
@@ -113,8 +118,8 @@ def make_levels(
         return Levels((), num_experts)
     expert_rows = _row_count(factor * num_tokens * top_k, at_most=rows * top_k)
     if expert_rows >= rows * top_k:
-        return Levels(tuple(exchanges), below, None, can_overflow)
-    return Levels(tuple(exchanges), below, expert_rows, True)
+        return Levels(tuple(exchanges), below, None, can_overflow, estimates)
+    return Levels(tuple(exchanges), below, expert_rows, True, estimates)
 
 
 def check_experts(num_experts: int, sizes: Mapping[str, int]) -> None:

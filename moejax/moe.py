@@ -5,7 +5,7 @@ Shapes: T tokens (on one device inside `_local`), D model width, E experts, K ex
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from custom_ops.target import target
+from moejax.cost import Link
 from moejax.delivery import check_factor, check_options, deliver
 from moejax.expert_list import ExpertList
 from moejax.experts import Experts
@@ -135,6 +136,9 @@ class MoE(nnx.Module):
       chunks: pieces in which the tokens go through the layer, so that one travels while another is computed.
       shadow: number of experts that are copied to every device of the expert axes, so that their tokens do not
         travel: those in most demand by the running estimate that `follow` keeps, without one in each batch.
+      keep_demand: keep that estimate also without shadows, so that their number may be chosen by it.
+      links: what devices reach along the expert axes, by name, for the exchange "auto"; None takes constants of
+        NVLink and network, see `moejax.cost`.
       wire: compression of rows between devices, name in `WIRES`.
       received: what becomes of rows received from other devices between forward and backward, name in `RECEIVED`:
         "keep" holds them, "resend" lets backward send them again (on CPU not where there is a loop of rounds, beside
@@ -167,6 +171,8 @@ class MoE(nnx.Module):
         buffer_factor: float | None = None,
         chunks: int = 1,
         shadow: int = 0,
+        keep_demand: bool = False,
+        links: Mapping[str, Link] | None = None,
         wire: str = "none",
         received: str = "keep",
         shared_experts: int = 0,
@@ -209,13 +215,15 @@ class MoE(nnx.Module):
         self.num_experts = num_experts
         self.shadow = shadow
         self.received = received
-        self.demand_E = RouterState(jnp.zeros(num_experts), axes=("router",)) if shadow else None
+        keeps = shadow or keep_demand
+        self.demand_E = RouterState(jnp.zeros(num_experts), axes=("router",)) if keeps else None
         self.delivery: dict[str, Any] = {
             "exchange": exchange,
             "overflow": overflow,
             "capacity_factor": buffer_factor,
             "chunks": chunks,
             "wire": wire,
+            "links": links,
         }
         self.shared = None
         if shared_experts:

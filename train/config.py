@@ -119,8 +119,8 @@ class MoEConfig:
     layer_routers: str | None = None
     """Routers of single layers in place of `router`, such as `0:hash,3:switch`; they have the options they know."""
     exchange: str = "all_to_all"
-    """How rows travel between devices: `all_to_all`, `all_gather`, `ragged`, or `auto`, which estimates the
-    cheaper of the first two for every mesh axis."""
+    """How rows travel between devices: `all_to_all`, `all_gather`, `ragged`, or `auto`, which takes the cheaper of the
+    first two for every mesh axis, as estimated from what is measured when the run begins."""
     overflow: Literal["rounds", "drop"] = "rounds"
     """What becomes of choices beyond the static buffers: carried out in further rounds, or dropped and counted."""
     capacity_factor: float | None = None
@@ -128,8 +128,9 @@ class MoEConfig:
     Unset: 1.25 under `drop`, else 1.15."""
     chunks: int = 1
     """Pieces in which the tokens go through a layer, so that one travels while another is computed."""
-    shadow: int = 0
-    """Experts that are copied to every device of the expert axes in each step: those in most demand of late."""
+    shadow: int | Literal["auto"] = 0
+    """Experts that are copied to every device of the expert axes in each step: those in most demand of late. `auto`: as
+    many, 8 at most, as pay by measured times and the load so far; decided at the begin and after evaluations."""
     wire: Literal["none", "bf16", "fp8"] = "none"
     """Compression of rows between devices: none, bf16, or fp8 towards the experts and bf16 back."""
     received: Literal["keep", "resend"] = "keep"

@@ -151,24 +151,19 @@ def _collectives() -> Iterator[tuple[str, str, bool]]:
 
 
 def _exchange() -> Iterator[tuple[str, str, bool]]:
-    """What was measured between the devices, and by it the cheaper exchange for one layer of a usual shape.
-
-    Which need not be what "auto" takes: that goes by the constants in `moejax.cost`.
-    """
+    """What was measured between the devices, and by it the cheaper exchange for one layer of a usual shape."""
     import jax
 
     from moejax.cost import cheapest_exchange, share_of_tokens
     from moejax.levels import CAPACITY_FACTOR
     from moejax.mesh import make_mesh
-    from train.rates import measure_rates
+    from train.rates import describe, measure_rates
 
     devices = jax.device_count()
     if devices == 1 or jax.process_count() > 1:
         return
-    rates = measure_rates(make_mesh(expert=devices), "expert")
-    link = rates.link
-    measured = f"{link.bandwidth / 1e9:.2f} GB/s out of a device, {1e6 * link.latency:.0f} us per message"
-    yield "expert axis", f"{measured}, copies {link.memory_bandwidth / 1e9:.1f} GB/s", True
+    link = measure_rates(make_mesh(expert=devices), "expert").link
+    yield "expert axis", describe(link), True
     T, D, E, K = 4096, 1024, 8 * devices, 2
     share = share_of_tokens(E, E // devices, K)
     bucket = round(CAPACITY_FACTOR * share * T)

@@ -6,6 +6,7 @@ wherever it was written.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -95,7 +96,7 @@ def convert(field: str, value: object, annotation: Any) -> Any:
 
     Raises:
       ConfigError: the value is not of that type; the message names `field`.
-      TypeError: the annotation is none of int, float, bool, str, Literal, or one of these `| None`.
+      TypeError: the annotation is none of int, float, bool, str, Literal, a union of these, or one of these `| None`.
     """
     if _is_optional(annotation):
         if value is None:
@@ -165,16 +166,24 @@ def _replace(config: T, path: list[str], value: object) -> T:
     return dataclasses.replace(config, **{head: inner})  # type: ignore[type-var]
 
 
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (Union, types.UnionType)
+
+
 def _is_optional(annotation: Any) -> bool:
-    is_union = typing.get_origin(annotation) in (Union, types.UnionType)
-    return is_union and types.NoneType in typing.get_args(annotation)
+    return _is_union(annotation) and types.NoneType in typing.get_args(annotation)
 
 
 def _converter(annotation: Any) -> tuple[typing.Callable[[object], object], str]:
     """What makes a value of this type (ValueError if it cannot), and the rule to tell the user."""
     if typing.get_origin(annotation) is Literal:
         choices = typing.get_args(annotation)
-        return lambda value: choices[choices.index(value)], f"must be one of {', '.join(map(str, choices))}"
+        one_of = "one of " if len(choices) > 1 else ""
+        return lambda value: choices[choices.index(value)], f"must be {one_of}{', '.join(map(str, choices))}"
+    if _is_union(annotation):
+        converters, rules = zip(*map(_converter, typing.get_args(annotation)), strict=True)
+        others = [rule.removeprefix("must be ") for rule in rules[1:]]
+        return functools.partial(_first_that_can, converters), ", or ".join([rules[0], *others])
     simple: dict[Any, tuple[typing.Callable[[object], object], str]] = {
         bool: (_to_bool, "must be true or false"),
         int: (_to_int, "must be an integer"),
@@ -184,6 +193,13 @@ def _converter(annotation: Any) -> tuple[typing.Callable[[object], object], str]
     if annotation not in simple:
         raise TypeError(f"config fields cannot have the type {annotation}")
     return simple[annotation]
+
+
+def _first_that_can(converters: Iterable[typing.Callable[[object], object]], value: object) -> object:
+    for converter in converters:
+        with contextlib.suppress(ValueError):
+            return converter(value)
+    raise ValueError
 
 
 def _to_bool(value: object) -> bool:

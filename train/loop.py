@@ -43,6 +43,7 @@ from train.reporter import Reporter
 from train.selfcheck import check_collectives, check_devices
 from train.signals import Stop, stop_signals
 from train.step import TrainState
+from train.tuner import Tuner
 from train.validation import validate
 from train.watchdog import Watchdog
 
@@ -88,8 +89,9 @@ def _train(config: TrainConfig, workdir: Path, failure: NotFinite | None) -> Non
             corpus, batch_size=batch_size, sequence_length=sequence_length, seed=config.seed, rows=rows
         )
     _require_agreement(config, corpus)
-    program = make_program(config, tokenizer.vocab_size, mesh)
     speeds = check_collectives(mesh) if _needs_check(mesh) else []
+    tuner = Tuner(config, mesh)
+    program = make_program(config, tokenizer.vocab_size, mesh, tuner.tuning)
 
     with ExitStack() as stack:
         stack.enter_context(closing(batches))
@@ -131,9 +133,14 @@ def _train(config: TrainConfig, workdir: Path, failure: NotFinite | None) -> Non
         _introduce(program.spec, corpus, mesh, first)
         for line in speeds:
             log.info("self-check: %s", line)
+        for line in tuner.describe(program.spec):
+            log.info("%s", line)
 
         batch_shape = abstract_batch(mesh, batch_size, sequence_length)
-        train_step = processes.compile_together(program.train_step, program.abstract_state, batch_shape)
+        train_step = program.train_step
+        if tuner.choose_shadows(first, program.spec, state.params):
+            train_step = make_program(config, tokenizer.vocab_size, mesh, tuner.tuning).train_step
+        train_step = processes.compile_together(train_step, program.abstract_state, batch_shape)
         eval_step = processes.compile_together(program.eval_step, program.abstract_state.params, batch_shape)
 
         # ---- the loop ----
@@ -172,6 +179,13 @@ def _train(config: TrainConfig, workdir: Path, failure: NotFinite | None) -> Non
                 with watchdog.paused():
                     checkpoints.wait()
                 raise Interrupted(stop.number, step)
+            if not last and _due(step, config.eval.every):
+                with monitor.paused(), watchdog.paused():
+                    if tuner.choose_shadows(step, program.spec, state.params):
+                        tuned = make_program(config, tokenizer.vocab_size, mesh, tuner.tuning)
+                        train_step = processes.compile_now(
+                            tuned.train_step, program.abstract_state, batch_shape
+                        )
         with watchdog.paused():
             checkpoints.wait()
 

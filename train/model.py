@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import moejax
+from moejax.cost import Link
 from moejax.levels import CAPACITY_FACTOR
 from moejax.mesh import state_shardings
 from moejax.routing import is_linear, router_options
@@ -43,9 +45,28 @@ def bias_rate(config: TrainConfig) -> float:
     return min(max(1e-3, 3 / config.steps), 0.03) if given is None else given
 
 
-def make_model(config: TrainConfig, vocab_size: int, rngs: nnx.Rngs) -> moejax.Transformer:
+@dataclass(frozen=True)
+class Tuning:
+    """What a run has measured or decided where its config says `auto`; see `train.tuner`.
+
+    Fields:
+      shadow: experts to be copied, S.
+      links: what devices reach along the expert axes, by name; None: the constants in `moejax.cost`.
+    """
+
+    shadow: int = 0
+    links: Mapping[str, Link] | None = None
+
+
+UNTUNED = Tuning()
+
+
+def make_model(
+    config: TrainConfig, vocab_size: int, rngs: nnx.Rngs, tuning: Tuning = UNTUNED
+) -> moejax.Transformer:
     """The transformer that `config.model` describes."""
     model = config.model
+    chooses_shadows = model.moe.shadow == "auto"
     d_hidden, expert_hidden = hidden_widths(model)
 
     def moe(layer: MoELayer) -> dict[str, Any]:
@@ -58,7 +79,9 @@ def make_model(config: TrainConfig, vocab_size: int, rngs: nnx.Rngs) -> moejax.T
             "overflow": model.moe.overflow,
             "buffer_factor": _buffer_factor(model.moe),
             "chunks": model.moe.chunks,
-            "shadow": model.moe.shadow,
+            "shadow": tuning.shadow if chooses_shadows else model.moe.shadow,
+            "keep_demand": chooses_shadows,
+            "links": tuning.links,
             "wire": model.moe.wire,
             "received": model.moe.received,
             "expert_bias": model.moe.expert_bias,
@@ -118,22 +141,25 @@ class ModelSpec:
       abstract: NNX state of shapes, with the logical axes of each parameter as metadata.
       config: what it was built from.
       vocab_size: of the tokenizer.
+      tuning: where the config says `auto`; changes how the model is computed, not its parameters.
     """
 
     graphdef: nnx.GraphDef
     abstract: nnx.State
     config: TrainConfig
     vocab_size: int
+    tuning: Tuning = UNTUNED
 
     @classmethod
-    def from_config(cls, config: TrainConfig, vocab_size: int) -> ModelSpec:
+    def from_config(cls, config: TrainConfig, vocab_size: int, tuning: Tuning = UNTUNED) -> ModelSpec:
         """Trace the constructor; nothing is computed."""
-        model = nnx.eval_shape(lambda: make_model(config, vocab_size, nnx.Rngs(0)))
-        return cls(*nnx.split(model), config, vocab_size)
+        model = nnx.eval_shape(lambda: make_model(config, vocab_size, nnx.Rngs(0), tuning))
+        return cls(*nnx.split(model), config, vocab_size, tuning)
 
     def init_params(self, key: jax.Array) -> dict[str, Any]:
         """Freshly drawn parameters as nested dicts; for use under `jit`."""
-        return nnx.to_pure_dict(nnx.state(make_model(self.config, self.vocab_size, nnx.Rngs(key))))
+        model = make_model(self.config, self.vocab_size, nnx.Rngs(key), self.tuning)
+        return nnx.to_pure_dict(nnx.state(model))
 
     def merge(self, params: dict[str, Any]) -> moejax.Transformer:
         """The model with these parameters."""
@@ -193,6 +219,19 @@ class ModelSpec:
             total += leaf.size
             active += round(leaf.size * self._share_of_token(path, leaf, axes))
         return total, active
+
+    def numbers_of_expert(self) -> float:
+        """Parameters of one expert of a layer; 0 without MoE layers."""
+        of_all = sum(leaf.size for _, leaf, axes in self._parameters() if "experts" in axes.names)
+        return of_all / max(sum(self.experts_of_layers), 1)
+
+    def moe_of_layers(self, params: Any = None) -> list[moejax.MoE]:
+        """The MoE layers of one period of the model with these parameters, those of all periods stacked.
+
+        Without parameters they have shapes in their place.
+        """
+        model = nnx.merge(self.graphdef, self.abstract) if params is None else self.merge(params)
+        return [block.ffn for block in model.blocks if isinstance(block.ffn, moejax.MoE)]
 
     def active_matrix_parameters(self) -> int:
         """Parameters that one token is multiplied with: no norms, and no embedding that is only looked up."""

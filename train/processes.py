@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -41,6 +41,8 @@ COMPILE_SECONDS = 1800
 """How long a process waits for the others to compile."""
 
 _SIGNAL_AT_PARENTS_DEATH = 1  # PR_SET_PDEATHSIG
+
+Number = TypeVar("Number", bool, int)
 
 _meetings = itertools.count()
 
@@ -158,13 +160,13 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def from_first(value: bool) -> bool:
+def from_first(value: Number) -> Number:
     """Process 0's `value`, in every process; all must ask."""
     if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils
 
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+    return type(value)(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
 def compile_together(function: Any, *arguments: Any) -> Callable[..., Any]:
@@ -173,11 +175,16 @@ def compile_together(function: Any, *arguments: Any) -> Callable[..., Any]:
     On CPU a process that compiles half a minute longer than another is otherwise taken for lost: Gloo, which carries
     the collectives there, waits for no longer.
     """
+    return function if jax.process_count() == 1 else compile_now(function, *arguments)
+
+
+def compile_now(function: Any, *arguments: Any) -> Callable[..., Any]:
+    """As `compile_together`, but here and now also where there is only one process."""
+    compiled = function.lower(*arguments).compile()
     if jax.process_count() == 1:
-        return function
+        return compiled
     from orbax.checkpoint import multihost
 
-    compiled = function.lower(*arguments).compile()
     # Named processes meet at the coordinator; unnamed ones would by a collective, with Gloo's limit.
     everyone = set(range(jax.process_count()))
     multihost.sync_global_processes(

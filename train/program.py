@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from moejax.mesh import EXPERT_AXES
 from train.config import TrainConfig
-from train.model import ModelSpec
+from train.model import UNTUNED, ModelSpec, Tuning
 from train.optimizer import make_optimizer, make_schedule
 from train.step import Batch, Metrics, TrainState, make_eval_step, make_init, make_train_step, state_shardings
 
@@ -38,13 +38,14 @@ class Program:
     eval_step: Callable[[dict[str, Any], Batch], Metrics]
 
 
-def make_program(config: TrainConfig, vocab_size: int, mesh: Mesh) -> Program:
+def make_program(config: TrainConfig, vocab_size: int, mesh: Mesh, tuning: Tuning = UNTUNED) -> Program:
     """The program of a run; nothing is compiled before it is called.
 
     Args:
       vocab_size: of the tokenizer.
+      tuning: where the config says `auto`; the state is the same with every one.
     """
-    spec = ModelSpec.from_config(config, vocab_size)
+    spec = ModelSpec.from_config(config, vocab_size, tuning)
     schedule = make_schedule(config.optimizer, config.steps)
     optimizer = make_optimizer(config.optimizer, config.steps, spec)
     init = make_init(spec, optimizer, config.seed)

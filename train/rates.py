@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import time
 from collections.abc import Callable
-from functools import partial
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,47 +14,90 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax.cost import Link, Rates
+from train import processes
 
-# Bytes that a device sends in the small and in the large all-to-all; their difference tells the bandwidth.
-_SMALL, _LARGE = 2**12, 2**24
-# All devices together send no more than this at once: CPU devices share one memory.
-_MOST = 2**28
-_WIDTH = 1024
-_REPEATS = 5
+T = TypeVar("T")
+
+REPEATS = 5
+"""Timed runs of each call; the fastest counts."""
+
+# Everything is timed in two sizes: what both take alike is overhead, and only their difference tells the rate.
+# Bytes that a device holds of an all-to-all, and that are copied; width of a square product.
+_BYTES = {"cpu": (2**12, 2**24), "gpu": (2**12, 2**29)}
+_WIDTHS = {"cpu": (256, 1024), "gpu": (1024, 8192)}
+# CPU devices share one memory: all together hold no more than this.
+_MOST_ON_CPU = 2**28
 
 
-def measure_rates(mesh: Mesh, axis: str) -> Rates:
-    """Time an all-to-all of two sizes along the axis, a copy and a product; for meshes of one process."""
-    devices = mesh.shape[axis]
-    everywhere = P(mesh.axis_names)
+def measure_rates(mesh: Mesh, axis: str, dtype: jax.typing.DTypeLike = jnp.float32) -> Rates:
+    """Time an all-to-all along the axis, and a copy and a product on one device; all processes must call.
 
-    def swap(numbers: int, x: jax.Array) -> jax.Array:
-        return jax.lax.all_to_all(x.reshape(devices, numbers // devices), axis, 0, 0, tiled=True).reshape(-1)
+    Args:
+      axis: of at least two devices.
+      dtype: of the product.
 
-    def run(numbers: int) -> float:
-        mapped = jax.shard_map(partial(swap, numbers), mesh=mesh, in_specs=everywhere, out_specs=everywhere)
+    Returns:
+      What process 0 measured, in every process.
+    """
+    platform = "gpu" if mesh.devices.flat[0].platform == "gpu" else "cpu"
+    devices, everywhere = mesh.shape[axis], P(mesh.axis_names)
+
+    def swap(x: jax.Array) -> jax.Array:
+        return jax.lax.all_to_all(x.reshape(devices, -1), axis, 0, 0, tiled=True).reshape(-1)
+
+    mapped = jax.jit(jax.shard_map(swap, mesh=mesh, in_specs=everywhere, out_specs=everywhere))
+
+    def exchange(size: int) -> float:
         # Each device has its part before the clock starts: or every call would first spread them from one device.
         ones = jax.jit(
-            lambda: jnp.ones(mesh.size * numbers, jnp.float32), out_shardings=NamedSharding(mesh, everywhere)
-        )
-        return _seconds(jax.jit(mapped), ones())
+            lambda: jnp.ones(mesh.size * size // 4, jnp.float32),
+            out_shardings=NamedSharding(mesh, everywhere),
+        )()
+        return _seconds(processes.compile_together(mapped, ones), ones)
 
-    small, large = (min(size, _MOST // mesh.size) // 4 // devices * devices for size in (_SMALL, _LARGE))
-    fixed, full = run(small), run(large)
-    share = (devices - 1) / devices
-    bandwidth = share * 4 * (large - small) / max(full - fixed, 1e-9)
-    block = jnp.ones((_WIDTH, _WIDTH), jnp.float32)
-    copy = _seconds(jax.jit(lambda x: x + 1), jnp.ones(_LARGE // 4, jnp.float32))
-    product = _seconds(jax.jit(lambda x: x @ x), block)
-    link = Link(bandwidth, fixed / (devices - 1), 2 * _LARGE / copy)
-    return Rates(link, 2 * _WIDTH**3 / product)
+    most = _MOST_ON_CPU // mesh.size if platform == "cpu" else _BYTES[platform][1]
+    small, large = (min(size, most) // (4 * devices) * 4 * devices for size in _BYTES[platform])
+    fixed, full = exchange(small), exchange(large)
+    sent = (devices - 1) / devices
+    bandwidth = sent * (large - small) / max(full - fixed, 1e-9)
+
+    copy = jax.jit(lambda x: x + 1)
+    copies = [_seconds(copy, jnp.ones(size // 4, jnp.float32)) for size in _BYTES[platform]]
+    moved = 2 * (_BYTES[platform][1] - _BYTES[platform][0])
+    product = jax.jit(lambda x: x @ x)
+    products = [_seconds(product, jnp.ones((width, width), dtype)) for width in _WIDTHS[platform]]
+    flops = 2 * (_WIDTHS[platform][1] ** 3 - _WIDTHS[platform][0] ** 3)
+
+    link = Link(bandwidth, fixed / (devices - 1), moved / max(copies[1] - copies[0], 1e-9))
+    return _of_first(Rates(link, flops / max(products[1] - products[0], 1e-9)))
+
+
+def describe(link: Link) -> str:
+    """A link in words."""
+    return (
+        f"{link.bandwidth / 1e9:.2f} GB/s out of a device, {1e6 * link.latency:.0f} us per message, "
+        f"copies {link.memory_bandwidth / 1e9:.1f} GB/s"
+    )
+
+
+def fastest(call: Callable[[], T]) -> tuple[T, float]:
+    """What a call gives, and the seconds of the fastest of `REPEATS` after one that may compile."""
+    answer, times = jax.block_until_ready(call()), []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        answer = jax.block_until_ready(call())
+        times.append(time.perf_counter() - began)
+    return answer, min(times)
 
 
 def _seconds(function: Callable[[jax.Array], jax.Array], argument: jax.Array) -> float:
-    jax.block_until_ready(function(argument))
-    times = []
-    for _ in range(_REPEATS):
-        began = time.perf_counter()
-        jax.block_until_ready(function(argument))
-        times.append(time.perf_counter() - began)
-    return min(times)
+    return fastest(lambda: function(argument))[1]
+
+
+def _of_first(rates: Rates) -> Rates:
+    """Process 0's, in every process."""
+    if jax.process_count() == 1:
+        return rates
+    text = processes.tell_all(json.dumps(dataclasses.asdict(rates)), processes.new_topic("rates"))
+    values = json.loads(text)
+    return Rates(Link(**values["link"]), values["flops"])

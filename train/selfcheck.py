@@ -6,7 +6,6 @@ Shapes: n devices on an axis, M numbers for each of them.
 from __future__ import annotations
 
 import json
-import time
 from functools import partial
 
 import jax
@@ -18,9 +17,7 @@ from jax.sharding import PartitionSpec as P
 from train import processes
 from train.errors import ConfigError, TrainingFailed
 from train.place import promised_devices
-
-REPEATS = 3
-"""Timed runs of each collective; the fastest counts."""
+from train.rates import fastest
 
 
 def check_devices() -> None:
@@ -82,14 +79,8 @@ def check_collectives(mesh: Mesh) -> list[str]:
                 in_specs=(),
                 out_specs=everywhere,
             )
-            check = processes.compile_together(jax.jit(mapped))
-            seconds = []
-            for _ in range(1 + REPEATS):
-                started = time.perf_counter()
-                wrong = jax.block_until_ready(check())
-                seconds.append(time.perf_counter() - started)
+            wrong, best = fastest(processes.compile_together(jax.jit(mapped)))
             _refuse(axis, name, sum(int(np.sum(shard.data)) for shard in wrong.addressable_shards))
-            best = min(seconds[1:])
             sent = share * (size // n) * n * 4
             lines.append(f"{axis} {name}: {1e3 * best:.1f} ms, {sent / best / 1e9:.2f} GB/s from each of {n}")
     return lines

@@ -39,7 +39,7 @@ AXIS: Rule = (
 )
 
 # Every number of the config stands here, so that none goes unchecked, but `model.moe.top_k`, which `_check_moe`
-# bounds by another field. An unset one (None) always passes.
+# bounds by another field. An unset one (None), or a word in its place, always passes.
 RANGES: dict[str, Rule] = {
     "steps": COUNT,
     "seed": SEED,
@@ -186,7 +186,7 @@ def _product(axes: dict[str, int]) -> tuple[str, str]:
 
 def _check_ranges(config: TrainConfig) -> None:
     for name, value in flatten(config).items():
-        if name in RANGES and value is not None:
+        if name in RANGES and isinstance(value, int | float):
             text, is_allowed = RANGES[name]
             if not is_allowed(value):
                 raise ConfigError(name, value, text)
@@ -232,8 +232,8 @@ def _check_moe(config: TrainConfig) -> None:
 def _check_number_of_experts(config: TrainConfig, count: int) -> None:
     moe, nodes, per_node = config.model.moe, config.mesh.expert_node, config.mesh.expert
     field, value = _field_of_experts(config, count)
-    if moe.shadow > count:
-        raise ConfigError("model.moe.shadow", moe.shadow, f"must be between 0 and {field} ({value})")
+    if moe.shadow != "auto" and moe.shadow > count:
+        raise ConfigError("model.moe.shadow", moe.shadow, f"must be between 0 and {field} ({value}), or auto")
     if count % (nodes * per_node):
         split = f"mesh.expert ({per_node})"
         if nodes > 1:

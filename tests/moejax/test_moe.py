@@ -12,6 +12,7 @@ from flax import nnx
 import moejax
 from moejax.levels import CAPACITY_FACTOR
 from moejax.mesh import most_nodes
+from moejax.order import after
 from tests import tolerance
 from tests.moejax import oracle
 from tests.moejax.layer_under_load import make_mesh
@@ -238,6 +239,33 @@ def test_drop_drops_the_same_choices_on_every_layout():
     tolerance.assert_close(y_four, y_one, tolerance.F32)
 
 
+class PairRouter(nnx.Module):
+    """Sends a token to two neighbours of the experts: the pair of the number in `token_ids_T`."""
+
+    def __call__(self, x_TD, *, token_mask_T=None, token_ids_T=None, key=None):
+        ids_TK = 2 * token_ids_T[:, None] + jnp.arange(2, dtype=jnp.int32)[None]
+        zeros_TE = jnp.zeros((x_TD.shape[0], E), jnp.float32)
+        valid_T = jnp.ones(x_TD.shape[0], bool)
+        return moejax.Routing(ids_TK, jnp.full(ids_TK.shape, 0.5), zeros_TE, zeros_TE + 1 / E, valid_T)
+
+
+@pytest.mark.parametrize(("exchange", "at_sender"), [("all_to_all", 32), ("all_gather", 0), ("ragged", 0)])
+def test_what_a_full_receiver_drops_is_counted_apart(exchange, at_sender):
+    # A capacity is counted over all data groups, a buffer is of a device of one group: it can be full before its
+    # experts are. With 2 groups of 2 devices of 64 tokens, an expert takes 256 * 2 / 8 = 64 choices, a device has room
+    # for 64 * 2 = 128. Group 0 sends 64 choices to each of the experts 4 to 7: all admitted, 256 for one device. A
+    # bucket, (1 - 6 / 28) * 64 rows in tiles of 8, holds 56 of the 64 rows that each sender has, of 2 choices each.
+    # In group 1, 96 tokens want experts 4 and 5, which have had theirs, and 32 experts 0 and 1, which have room.
+    pair = np.array([2, 3] * 64 + [2, 2, 2, 0] * 32, np.int32)
+    layer = make_layer(None, router=PairRouter(), overflow="drop", buffer_factor=1.0, exchange=exchange)
+    with jax.set_mesh(make_mesh(2, 1, 2)):
+        _, stats = nnx.jit(lambda layer, x, ids: layer(x, token_ids=ids))(layer, jnp.ones((256, D)), pair)
+    assert stats.load_E.tolist() == [32, 32, 0, 0, 160, 160, 64, 64]
+    assert (int(stats.over_capacity), int(stats.at_sender)) == (2 * 96, at_sender)
+    assert int(stats.at_receiver) == 256 - 128 - at_sender
+    assert int(stats.dropped) == 2 * 96 + 256 - 128
+
+
 def test_experts_that_the_mesh_does_not_divide_are_refused():
     with (
         jax.set_mesh(moejax.make_mesh(expert=8)),
@@ -277,22 +305,33 @@ def test_expert_biases_equal_every_expert_applied_to_every_token(activation, lay
         tolerance.assert_close(actual["experts"][name], reference, tolerance.F32, name)
 
 
-@pytest.mark.parametrize("layout", [None, (1, 1, 2)], ids=str)
-def test_an_ensemble_of_layers_by_vmap(layout):
-    x, dy = draw()
-    layers = [moejax.MoE(D, F, E, top_k=2, rngs=nnx.Rngs(seed)) for seed in range(2)]
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [
+        (None, {}),
+        ((1, 1, 2), {}),
+        pytest.param((1, 1, 2), {"buffer_factor": 0.5}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_an_ensemble_of_layers_by_vmap(layout, options):
+    x, dy = draw(skew=6.0)
+    layers = [moejax.MoE(D, F, E, top_k=2, rngs=nnx.Rngs(seed), **options) for seed in range(2)]
     graphdef = nnx.graphdef(layers[0])
 
     def value(params, x):
         y, stats = nnx.merge(graphdef, params)(x)
-        return jnp.sum(y * dy) + stats.aux_loss
+        total = jnp.sum(y * dy)
+        return after(total, total) + stats.aux_loss, stats.rounds
 
     params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(nnx.state(layer) for layer in layers))
-    together = jax.jit(jax.vmap(jax.grad(value, argnums=(0, 1)), in_axes=(0, None)))
+    grad = jax.grad(value, argnums=(0, 1), has_aux=True)
+    together = jax.jit(jax.vmap(grad, in_axes=(0, None)))
     with jax.set_mesh(make_mesh(*layout)) if layout else contextlib.nullcontext():
-        grads = together(params, x)
+        grads, rounds = together(params, x)
+    assert len(set(rounds.tolist())) == (2 if options else 1), "each member takes its own number of rounds"
     for number, layer in enumerate(layers):
-        alone = jax.jit(jax.grad(value, argnums=(0, 1)))(nnx.state(layer), x)
+        alone, _ = jax.jit(grad)(nnx.state(layer), x)
         jax.tree.map(lambda a, b, n=number: tolerance.assert_close(a[n], b, tolerance.F32), grads, alone)
 
 

@@ -164,7 +164,7 @@ def test_every_option_of_the_config_is_one_of_a_router():
         ),
         (
             {"layer_experts": "0:4", "shadow": "6"},
-            r"model.moe.shadow = 6: must be between 0 and model.moe.layer_experts \(0:4\)",
+            r"model.moe.shadow = 6: must be between 0 and model.moe.layer_experts \(0:4\), or auto",
         ),
         (
             {"layer_routers": "0:hash", "routing.jitter": "0.1"},

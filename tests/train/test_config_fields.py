@@ -29,6 +29,8 @@ def test_every_field_of_the_config_can_be_converted_from_its_text():
         (int | None, "5", 5),
         (int | None, None, None),
         (Literal["a", "b"], "b", "b"),
+        (int | Literal["auto"], "5", 5),
+        (int | Literal["auto"], "auto", "auto"),
     ],
 )
 def test_convert(annotation, text, value):
@@ -54,6 +56,8 @@ def test_convert(annotation, text, value):
         (int | None, "abc", "must be an integer, or None (null in YAML)"),
         (Literal["a", "b"], "c", "must be one of a, b"),
         (Literal["a", "b"], ["a"], "must be one of a, b"),
+        (int | Literal["auto"], "aut", "must be an integer, or auto"),
+        (int | Literal["auto"], True, "must be an integer, or auto"),
     ],
 )
 def test_wrong_type_names_field_value_and_rule(annotation, value, rule):

@@ -1,3 +1,5 @@
+from typing import Literal
+
 import pytest
 
 from train.config import MeshConfig, TrainConfig
@@ -9,14 +11,19 @@ from train.validation import RANGES, resolve_mesh, validate
 
 
 def test_every_number_of_the_config_has_a_range():
-    numbers = {int, float, int | None, float | None}
+    numbers = {int, float, int | None, float | None, int | Literal["auto"]}
     assert {*RANGES, "model.moe.top_k"} == {
         name for name, annotation in leaf_types(TrainConfig).items() if annotation in numbers
     }
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, annotation in leaf_types(TrainConfig).items() if annotation in (int, int | None)]
+    "name",
+    [
+        name
+        for name, annotation in leaf_types(TrainConfig).items()
+        if annotation in (int, int | None, int | Literal["auto"])
+    ],
 )
 def test_every_integer_is_bounded(name):
     with pytest.raises(ConfigError, match=f"{name} = {10**20}: must be between"):
@@ -97,7 +104,7 @@ BROKEN = [
         "mesh.fsdp=true model.d_model=132 model.num_heads=2",
         "mesh.fsdp = True: needs model.d_model (132) to be divisible by",
     ),
-    ("model.moe.shadow=9", "model.moe.shadow = 9: must be between 0 and model.moe.num_experts (8)"),
+    ("model.moe.shadow=9", "model.moe.shadow = 9: must be between 0 and model.moe.num_experts (8), or auto"),
     ("model.moe.capacity_factor=0", "model.moe.capacity_factor = 0.0: must be a positive finite number"),
     (
         "mesh.expert=2 mesh.expert_node=4 model.moe.num_experts=12",
