@@ -223,7 +223,8 @@ def lines(workdir: pathlib.Path) -> list[str]:
 
 
 def identity(checkpoint: pathlib.Path) -> str:
-    return f"{checkpoint.name} {checkpoint.stat().st_ino}"
+    """Of this very folder, not of one that takes its place; its files may change."""
+    return f"{checkpoint.name} {checkpoint.stat().st_ctime_ns}"
 
 
 def tail(path: pathlib.Path, offset: int) -> str:
@@ -257,15 +258,22 @@ def page(count: collections.Counter[str]) -> str:
     each = lambda kind, *names: ", ".join(str(count[f"{kind}: {name}"]) for name in names)  # noqa: E731
     rows: list[list[object]] = [
         ["in all", count["kills"]],
-        ["of process 0, of process 1, of all and the launcher", each("killed", "process 0", "process 1", "all")],
-        ["before the first step, during steps, during a checkpoint", each("during", "start", "step", "write")],
+        [
+            "of process 0, of process 1, of all and the launcher",
+            each("killed", "process 0", "process 1", "all"),
+        ],
+        [
+            "before the first step, during steps, during a checkpoint",
+            each("during", "start", "step", "write"),
+        ],
         [
             "after which the newest checkpoint was truncated, or one of its bits flipped",
             each("newest checkpoint", "truncated", "flipped"),
         ],
     ]
     costs = [
-        [mode, *(count[f"{mode}: {lost} steps"] for lost in range(2 * INTERVAL + 1))] for mode in MODES.values()
+        [mode, *(count[f"{mode}: {lost} steps"] for lost in range(2 * INTERVAL + 1))]
+        for mode in MODES.values()
     ]
     return (
         f"Two processes of one CPU device each, a checkpoint every {INTERVAL} steps. After every kill the same command "

@@ -71,7 +71,8 @@ class Checkpoints:
         self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
         self._finisher = ThreadPoolExecutor(1, "checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
-        self._times = 0.0, 0.0  # when the save in progress began, and how long the caller waited
+        # When the newest save began, or this run, and how long the caller waited for its copy.
+        self._times = time.monotonic(), 0.0
         self._damaged: set[int] = set()
         self._swept = False
 
@@ -88,8 +89,9 @@ class Checkpoints:
     def save(self, step: int, state: Any, data_state: dict[str, Any], extra: dict[str, Any]) -> None:
         """Begin to save; return when the state has been copied, so that its buffers may be donated.
 
-        With `checkpoint.wait`, return when the checkpoint is complete. A save still in progress is waited for first. A checkpoint of the same step is replaced; those of
-        later steps belong to a future that the run has left, and are removed when this one is complete.
+        With `checkpoint.wait` return when the checkpoint is complete. A save still in progress is waited for first.
+        A checkpoint of the same step is replaced; those of later steps belong to a future that the run has left, and
+        are removed when this one is complete.
 
         Args:
           step: finished optimizer steps.
@@ -249,12 +251,20 @@ class Checkpoints:
     def _record(self, step: int) -> dict[str, Any]:
         return json.loads((self.directory / str(step) / _RECORD).read_text(encoding="utf-8"))
 
+    def is_late(self) -> bool:
+        """Whether the minutes after which there is to be another checkpoint have passed."""
+        minutes = self._config.every_minutes
+        return minutes > 0 and processes.from_first(time.monotonic() - self._times[0] >= 60 * minutes)
+
     def would_be_best(self, extra: dict[str, Any]) -> bool:
-        """Whether a checkpoint with this `extra`, which has an evaluation loss, would be kept as the best.
+        """Whether a checkpoint with this `extra`, which has an evaluation loss, is to be made and kept as the best.
 
         A save in progress is finished first; raises like `wait`.
         """
         self.wait()
+        return self._config.every > 0 and processes.from_first(self._is_better_than_all(extra))
+
+    def _is_better_than_all(self, extra: dict[str, Any]) -> bool:
         loss, tokens = extra[BEST], extra.get(EXTENT)
         evaluated = [self._evaluation(step) for step in self.steps() if step not in self._damaged]
         others = [other for other, extent in filter(None, evaluated) if extent == tokens]

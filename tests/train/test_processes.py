@@ -171,6 +171,28 @@ def test_two_processes_train_like_one(config, tmp_path, undisturbed):
             tolerance.assert_close(actual[name], expected[name], tolerance.F32_MODEL, name)
 
 
+SIGNALLED_IN_THE_LAST_EVALUATION = """
+import os, signal, time
+from train import evaluate, evaluator
+
+take, call = evaluate.device_batch, evaluator.Evaluator.__call__
+
+def slow(batch, mesh):
+    time.sleep(1)
+    return take(batch, mesh)
+
+def signalled(self, step, state):
+    if step == 24:
+        evaluate.device_batch = slow
+        if os.environ["MOEJAX_PROCESS_ID"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+    return call(self, step, state)
+
+evaluator.Evaluator.__call__ = signalled
+
+"""
+
+
 @pytest.mark.slow
 def test_processes_are_stopped_and_killed_together_and_go_on_to_the_same_bits(config, tmp_path, undisturbed):
     workdir = tmp_path / "disturbed"
@@ -187,6 +209,12 @@ def test_processes_are_stopped_and_killed_together_and_go_on_to_the_same_bits(co
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 3 and "error: process 1 of 2 ended with code 137" in output, output
     assert is_gone(first) and is_gone(second)
+
+    signalled = config.with_name("signalled.py")
+    signalled.write_text(SIGNALLED_IN_THE_LAST_EVALUATION + config.read_text())
+    output = run(*launched(signalled, workdir, *OPTIONS), code=143)
+    assert "stopped by signal 15 after step 24" in output and (workdir / "checkpoints" / "24").is_dir()
+    assert small.read_metrics(workdir) == undisturbed[:-1], "all but the last evaluation"
 
     run(*launched(config, workdir, *OPTIONS))
     assert small.read_metrics(workdir) == undisturbed, "to the last bit"
