@@ -111,7 +111,8 @@ class Victim:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        wait(process, lambda: BEGUN.search(tail(log, before)) or (not before and lines(self.workdir)))
+        begun = BEGUN if self.sound else re.compile("run directory: ")
+        wait(process, lambda: begun.search(tail(log, before)))
         went_on = BEGUN.search(tail(log, before))
         begun_at = int(went_on[1]) if went_on else 0
         assert begun_at == self.sound, f"went on from {begun_at}, not {self.sound}"

@@ -19,12 +19,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
-from train.errors import ConfigError, TrainingFailed
+from train.errors import ConfigError, FailedTogether, TrainingFailed
 from train.fields import shown
 from train.place import LAUNCHER, Place, find_place, gpu_of, open_mpi_place, slurm_place
 
@@ -41,6 +42,7 @@ COMPILE_SECONDS = 1800
 """How long a process waits for the others to compile."""
 
 _SIGNAL_AT_PARENTS_DEATH = 1  # PR_SET_PDEATHSIG
+_ESTABLISHED = "01"  # TCP_ESTABLISHED
 
 _meetings = itertools.count()
 
@@ -54,7 +56,8 @@ def join(options: Mapping[str, str], environment: Mapping[str, str] = os.environ
       options: see `find_place`.
 
     Raises:
-      ConfigError: the coordinator cannot be reached, or nobody says where it is.
+      ConfigError: the coordinator cannot be reached, or nobody says where it is. Where others do not come, the process
+        ends by itself, with the same line and code.
     """
     if environment.get(LAUNCHER, "").isdecimal():
         _end_with(int(environment[LAUNCHER]))
@@ -67,16 +70,18 @@ def join(options: Mapping[str, str], environment: Mapping[str, str] = os.environ
         return
     gpu = gpu_of(place, environment)
     try:
-        with _saying_what_it_waits_for(place):
-            if place.process_id > 0:
+        if place.process_id > 0:
+            with _saying(place, lambda: f"process 0 at {place.coordinator}"):
                 _wait_for_coordinator(place)
+        give_up = partial(_give_up, place)
+        with _saying(place, partial(_the_others, place)), _after(CONNECT_SECONDS, give_up):
             jax.distributed.initialize(
                 place.coordinator,
                 place.processes,
                 place.process_id,
                 local_device_ids=gpu,
                 cluster_detection_method="deactivate",
-                initialization_timeout=CONNECT_SECONDS,
+                initialization_timeout=2 * CONNECT_SECONDS,
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
                 shutdown_timeout_seconds=PARTING_SECONDS,
                 coordinator_bind_address=place.listens_on,
@@ -112,23 +117,57 @@ def _join_on_kubernetes() -> None:
 
 
 @contextlib.contextmanager
-def _saying_what_it_waits_for(place: Place) -> Iterator[None]:
-    """Warn once if the block, in which all processes meet, takes long."""
-    whom = (
-        f"process 0 at {place.coordinator}"
-        if place.process_id
-        else f"all {place.processes - 1} others to come to {place.coordinator}"
-    )
-    message = (
-        f"process {place.process_id} of {place.processes} waits for {whom}, up to {CONNECT_SECONDS:.0f} s"
-    )
-    timer = threading.Timer(PATIENCE_SECONDS, log.warning, [message])
+def _saying(place: Place, what: Callable[[], str]) -> Iterator[None]:
+    """Warn once of what this process waits for if the block takes long."""
+
+    def warn() -> None:
+        log.warning(
+            "process %d of %d waits for %s, up to %.0f s",
+            *(place.process_id, place.processes, what(), CONNECT_SECONDS),
+        )
+
+    with _after(PATIENCE_SECONDS, warn):
+        yield
+
+
+@contextlib.contextmanager
+def _after(seconds: float, act: Callable[[], None]) -> Iterator[None]:
+    """A block that is followed by `act`, in a thread of its own, if it takes so long."""
+    timer = threading.Timer(seconds, act)
     timer.daemon = True
     timer.start()
     try:
         yield
     finally:
         timer.cancel()
+
+
+def _the_others(place: Place) -> str:
+    """Whom a process waits for at the coordinator; process 0 also says how many of them are there."""
+    text = f"the others to come to {place.coordinator}"
+    came = None if place.process_id else _connected_to(int(place.coordinator.rpartition(":")[2]))
+    return text if came is None else f"{text} ({came} of {place.processes - 1} are there)"
+
+
+def _connected_to(port: int) -> int | None:
+    """Processes that are connected to this port of process 0, besides itself; None where the system does not tell."""
+    lines: list[str] = []
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):  # Linux only
+        with contextlib.suppress(OSError), open(table) as file:
+            lines += file.readlines()[1:]
+    ends = [(local.rpartition(":")[2], state) for _, local, _, state, *_ in map(str.split, lines)]
+    return max(0, ends.count((f"{port:04X}", _ESTABLISHED)) - 1) if lines else None
+
+
+def _give_up(place: Place) -> None:
+    """End this process as bad input does: left alone, jax would abort it with a C++ stack."""
+    rule = (
+        f"process {place.process_id} of {place.processes} has waited {CONNECT_SECONDS:.0f} s for "
+        f"{_the_others(place)}; look at the output of those that are not"
+    )
+    error = ConfigError("--coordinator", place.coordinator, rule)
+    print("error:", error, file=sys.stderr, flush=True)
+    os._exit(error.exit_code)
 
 
 def _wait_for_coordinator(place: Place) -> None:
@@ -239,11 +278,12 @@ def new_topic(name: str) -> str:
 def refusing_together() -> Iterator[None]:
     """A block in which one process alone may find bad input, or fail: then all end by its error. All must enter it.
 
-    Nothing in the block may wait for other processes.
+    Of several processes that have an error, the one of the lowest number says how all of them end. Nothing in the block
+    may wait for other processes.
 
     Raises:
-      ConfigError: the first process to have one has refused its input.
-      TrainingFailed: the first process to have an error could not go on.
+      ConfigError: that process has refused its input.
+      FailedTogether: it could not go on.
     """
     mine: ConfigError | TrainingFailed | OSError | None = None
     try:
@@ -263,12 +303,11 @@ def refusing_together() -> Iterator[None]:
     )
     if first is None:
         return
-    if number == jax.process_index() and mine is not None:
-        raise mine
+    is_mine = number == jax.process_index()
     if len(first) == 1:
-        raise TrainingFailed(f"process {number}: {first[0]}") from mine
+        raise FailedTogether(first[0] if is_mine else f"process {number}: {first[0]}") from mine
     field, value, rule = first
-    raise ConfigError(field, value, f"{rule} (seen by process {number})") from mine
+    raise ConfigError(field, value, rule if is_mine else f"{rule} (seen by process {number})") from mine
 
 
 def require_agreement(texts: Mapping[str, str]) -> None:
