@@ -12,7 +12,7 @@ import pytest
 from tests import tolerance
 from tests.train import launching, small
 from tests.train.launching import children, is_gone, run, start, wait_for_step
-from train import launch, processes
+from train import joining, launch
 from train.config import MeshConfig
 from train.errors import ConfigError, TrainingFailed
 from train.integrity import find_fault, writer_of
@@ -134,11 +134,11 @@ def test_the_gpu_of_a_process():
 
 
 def test_a_coordinator_out_of_reach_is_named(monkeypatch):
-    monkeypatch.setattr(processes, "CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr(joining, "CONNECT_SECONDS", 0.5)
     with pytest.raises(
         ConfigError, match=r"^--coordinator = 127.0.0.1:1: process 1 could not reach it .*refused"
     ):
-        processes.join({"coordinator": "127.0.0.1:1", "processes": "2", "process_id": "1"})
+        joining.join({"coordinator": "127.0.0.1:1", "processes": "2", "process_id": "1"})
 
 
 @pytest.fixture
@@ -333,17 +333,17 @@ def test_what_one_process_alone_finds_ends_all_with_the_same_code(config, tmp_pa
 
 
 def test_who_waits_for_others_says_for_whom(monkeypatch, caplog):
-    monkeypatch.setattr(processes, "PATIENCE_SECONDS", 0.05)
-    monkeypatch.setattr(processes, "CONNECT_SECONDS", 1)
+    monkeypatch.setattr(joining, "PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(joining, "CONNECT_SECONDS", 1)
     with pytest.raises(ConfigError):
-        processes.join({"coordinator": "127.0.0.1:1", "processes": "2", "process_id": "1"})
+        joining.join({"coordinator": "127.0.0.1:1", "processes": "2", "process_id": "1"})
     assert caplog.messages == ["process 1 of 2 waits for process 0 at 127.0.0.1:1, up to 1 s"]
 
 
 WAITING = """
 import sys
-from train import cli, processes
-processes.PATIENCE_SECONDS, processes.CONNECT_SECONDS = 1, LIMIT
+from train import cli, joining
+joining.PATIENCE_SECONDS, joining.CONNECT_SECONDS = 1, LIMIT
 sys.exit(cli.main(["train", "quickstart", "--workdir", "/none", "--processes", "3", *sys.argv[1:]]))
 """
 
