@@ -276,18 +276,19 @@ def page(count: collections.Counter[str]) -> str:
         [mode, *(count[f"{mode}: {lost} steps"] for lost in range(2 * INTERVAL + 1))]
         for mode in MODES.values()
     ]
-    return (
-        f"Two processes of one CPU device each, a checkpoint every {INTERVAL} steps. After every kill the same command "
-        "went on from the newest checkpoint that was complete and undamaged, and all metrics were bitwise those of the "
-        "undisturbed run.\n\n"
-        f"{table(['', 'kills'], rows)}\n\n"
-        "Steps that a kill cost, by how many kills (what a damaged checkpoint costs besides left out): never more than "
-        f"{INTERVAL} with `checkpoint.wait`; never more than {INTERVAL} and those made during the write that it cut "
-        f"short without, of which there were {count['most steps during a write']} at most.\n\n"
-        f"{table(['steps', *map(str, range(2 * INTERVAL + 1))], costs)}\n\n"
-        "Longest time from a kill until the last process had ended: "
-        f"{count['longest seconds until all had ended']} s."
-    )
+    return f"""\
+Two processes of one CPU device each, a checkpoint every {INTERVAL} steps. After every kill the same command went on
+from the newest checkpoint that was complete and undamaged, and all metrics were bitwise those of the undisturbed run.
+
+{table(["", "kills"], rows)}
+
+How many kills cost how many steps, without what a damaged checkpoint costs besides: at most {INTERVAL} with
+`checkpoint.wait`, at most {INTERVAL} and those made during the write that was cut short without it.
+
+{table(["steps", *map(str, range(2 * INTERVAL + 1))], costs)}
+
+Most steps made during a write that was cut short: {count["most steps during a write"]}. Longest time from a kill until
+the last process had ended: {count["longest seconds until all had ended"]} s."""
 
 
 if __name__ == "__main__":
