@@ -26,7 +26,7 @@ from train.integrity import find_fault
 
 SIGNALLED, KILLED = 15, 60
 """Seconds within which all must have ended."""
-STEP = 8
+STEP = 10
 """What happens, happens after this step or during it."""
 
 
@@ -75,7 +75,7 @@ class Run:
 
     def ended(self, act: Callable[[subprocess.Popen[bytes]], None]) -> tuple[float, int]:
         """Start it, `act` when the moment has come; the seconds from then until all has ended, and the exit code."""
-        words = ["train", "quickstart", "--workdir", str(self.workdir), "--log.every", "1", *self.options]
+        words = ["train", "quickstart", "--workdir", str(self.workdir), *self.options]
         if self.processes == 1:
             words += ["--cpu-devices", "1"]
         else:

@@ -83,6 +83,24 @@ def test_nothing_is_compiled_after_the_first_step_and_nothing_fetched_between_lo
     assert len(fetched) > marks[10][1] > 0, "the spy does see the reports"
 
 
+def test_the_device_has_few_steps_before_it(run, monkeypatch):
+    begun, awaited, add, wait = [], [], Reporter.add, jax.block_until_ready
+
+    def spy(self, step, metrics, **options):
+        begun.append(metrics)
+        add(self, step, metrics, **options)
+
+    def awaiting(value):
+        awaited.extend((len(begun), step) for step, metrics in enumerate(begun, 1) if metrics is value)
+        return wait(value)
+
+    monkeypatch.setattr(Reporter, "add", spy)
+    monkeypatch.setattr(jax, "block_until_ready", awaiting)
+    assert run("--log.every", 100, "--checkpoint.every", 0) == 0
+    # Step 1 is logged, and fetched, while step 2 runs.
+    assert awaited == [(step + reporter.QUEUED, step) for step in range(2, 13 - reporter.QUEUED)]
+
+
 def test_nan_ends_the_run_and_names_step_and_layer(run, capsys):
     assert run("--steps", 6, "--checkpoint.every", 2) == 0
     good = sorted(path.name for path in (run.workdir / "checkpoints").iterdir())
