@@ -3,13 +3,16 @@
     python -m benchmarks.kills [KILLS [FOLDER [SEED]]]
 
 With a FOLDER the kills already done there count: 10, then 20, then 50 do in three parts what 50 does at once. Each part
-ends with a run that has come to its last step.
+ends with a run that has come to its last step. What has happened in all of them is written to results/kills.md.
 
 One run in two processes, killed again and again with SIGKILL: one process or all, at a random moment or in the midst of
 a checkpoint, and now and then with the newest checkpoint truncated or one of its bits flipped. Every time the same
 command must go on from the newest complete and undamaged checkpoint, and every line of `metrics.jsonl` must be that of
-an undisturbed run, to the last bit. A checkpoint is complete some steps after its own, for it is written in the
-background: a kill costs at most the interval and the steps of one write, which is never longer than an interval.
+an undisturbed run, to the last bit.
+
+Every second start is with `checkpoint.wait`: a kill may then cost the interval, not one step more. Of the others it may
+cost the steps more that were made while the checkpoint was being written that the kill cut short: as many as an
+interval, for the next one waits for it.
 """
 
 from __future__ import annotations
@@ -28,7 +31,11 @@ import sys
 import tempfile
 import time
 
+from benchmarks.environment import save, table
+
 STEPS, INTERVAL = 240, 5
+BEGUN = re.compile(r"(?:going on after step|already finished: all) (\d+)")
+MODES = {True: "with checkpoint.wait", False: "without"}
 MEASUREMENTS = ("tokens_per_second", "step_seconds", "mfu", "memory_bytes")
 RUN = {
     "data.tokenizer": "char",
@@ -48,7 +55,9 @@ RUN = {
 }
 
 
-def main(kills: int = 50, folder: str | None = None, seed: int = 1, steps: int = STEPS) -> dict[str, int]:
+def main(
+    kills: int = 50, folder: str | None = None, seed: int = 1, steps: int = STEPS
+) -> collections.Counter[str]:
     """Kill the run until there are so many kills in `folder`; how often what has happened there."""
     with contextlib.ExitStack() as stack:
         place = pathlib.Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
@@ -69,8 +78,8 @@ def main(kills: int = 50, folder: str | None = None, seed: int = 1, steps: int =
         finish(victim.command)
         assert lines(victim.workdir) == expected, "the metrics differ"
         done.write_text(json.dumps(count))
-        print(f"{kills} kills, {dict(victim.count)}; {len(expected)} lines of metrics bitwise equal")
-        return dict(victim.count)
+        print(f"{kills} kills, {dict(count)}; {len(expected)} lines of metrics bitwise equal")
+        return count
 
 
 class Victim:
@@ -88,26 +97,30 @@ class Victim:
         self.expected, self.draw, self.count = expected, draw, count
         self.sound = 0  # the newest checkpoint that must be found
         self.damaged: set[str] = set()
+        self.started = 0.0
+        self.writing: set[int] = set()  # steps of checkpoints that were being written at the kill
 
     def one_kill(self) -> str:
         """Start the run, look where it goes on, kill it; what was done, in words."""
-        log = self.workdir / "log.txt"
+        log, waits = self.workdir / "log.txt", self.count["kills"] % 2 == 0
+        self.started = time.time()
         before = log.stat().st_size if log.exists() else 0
         process = subprocess.Popen(
-            self.command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            [*self.command, "--checkpoint.wait", str(waits)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
-        wait(
-            process, lambda: "going on" in tail(log, before) or (not before and len(lines(self.workdir)) > 0)
-        )
-        went_on = re.search(r"going on after step (\d+)", tail(log, before))
+        begun = BEGUN if self.sound else re.compile("run directory: ")
+        wait(process, lambda: begun.search(tail(log, before)))
+        went_on = BEGUN.search(tail(log, before))
         begun_at = int(went_on[1]) if went_on else 0
         assert begun_at == self.sound, f"went on from {begun_at}, not {self.sound}"
         moment = self.draw.choice(["start", "step", "step", "write", "write"])
         if moment != "start":  # programs are compiled first
             wait(process, lambda: len(lines(self.workdir)) > begun_at)
         if moment == "write":
-            pending = self.workdir / "checkpoints"
-            wait(process, lambda: any(pending.glob(".pending-*")))
+            wait(process, self.pending)
             time.sleep(self.draw.uniform(0, 0.3))
         else:
             time.sleep(self.draw.uniform(0, 3))
@@ -124,10 +137,13 @@ class Victim:
         self.count["kills"] += 1
         complete = self.complete()
         self.sound = max(complete, default=0)
-        lost = len(now) - self.sound
-        assert lost <= 2 * INTERVAL, f"{lost} steps lost"
-        self.count["lost more than the interval, while one was being written"] += lost > INTERVAL
-        self.count["most steps lost"] = max(self.count["most steps lost"], lost)
+        made = json.loads(now[-1])["step"] if now else 0
+        lost = made - self.sound
+        while_writing = made - min(self.writing - {*complete}, default=made)
+        assert lost <= INTERVAL + while_writing, f"{lost} steps lost, {while_writing} of them during a write"
+        assert while_writing <= (0 if waits else INTERVAL), f"{while_writing} steps during a write"
+        self.count[f"{MODES[waits]}: {lost} steps"] += 1
+        self.count["most steps during a write"] = max(self.count["most steps during a write"], while_writing)
         harm = self.draw.choice(["none", "none", "truncated", "flipped"])
         if harm != "none" and len(complete) > 1:
             self.damage(complete.pop(), harm)
@@ -136,17 +152,19 @@ class Victim:
             harm = "none"
         for what in (f"during: {moment}", f"killed: {who}", f"newest checkpoint: {harm}"):
             self.count[what] += 1
-        what = f"on from {begun_at}, killed {who} at {len(now)} ({moment}), newest checkpoint: {harm}"
-        return f"{self.count['kills']:3}: {what}"
+        what = f"{MODES[waits]}, on from {begun_at}, killed {who} at {made} ({moment}), {lost} steps lost"
+        return f"{self.count['kills']:3}: {what}, newest checkpoint: {harm}"
 
     def kill(self, process: subprocess.Popen[bytes], who: str) -> None:
         """SIGKILL to one process of the run, or to all and the launcher; none may be left afterwards."""
         workers = children(process.pid)
         if process.poll() is None and len(workers) == 2:
             chosen = {"process 0": workers[:1], "process 1": workers[1:], "all": [process.pid, *workers]}[who]
+            self.writing = self.pending()
             for pid in chosen:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+            self.writing |= self.pending()
         began = time.monotonic()
         code = process.wait(timeout=180)
         wait(None, lambda: not any(is_alive(pid) for pid in workers), 60)
@@ -154,6 +172,15 @@ class Victim:
             self.count["longest seconds until all had ended"], round(time.monotonic() - began)
         )
         assert code in (0, 3, -signal.SIGKILL), f"the launcher ended with {code}"
+
+    def pending(self) -> set[int]:
+        """Steps of the checkpoints that this start is writing; what earlier ones have left is older."""
+        steps = set()
+        for path in (self.workdir / "checkpoints").glob(".pending-*"):
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime >= self.started:
+                    steps.add(int(path.name.removeprefix(".pending-")))
+        return steps
 
     def complete(self) -> list[int]:
         """Steps of the complete checkpoints without damage; one that was damaged counts again once it is replaced."""
@@ -197,7 +224,8 @@ def lines(workdir: pathlib.Path) -> list[str]:
 
 
 def identity(checkpoint: pathlib.Path) -> str:
-    return f"{checkpoint.name} {checkpoint.stat().st_ino}"
+    """Of this very folder, not of one that takes its place; its files may change."""
+    return f"{checkpoint.name} {checkpoint.stat().st_ctime_ns}"
 
 
 def tail(path: pathlib.Path, offset: int) -> str:
@@ -226,9 +254,47 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def page(count: collections.Counter[str]) -> str:
+    """What has happened, as Markdown."""
+    each = lambda kind, *names: ", ".join(str(count[f"{kind}: {name}"]) for name in names)  # noqa: E731
+    rows: list[list[object]] = [
+        ["in all", count["kills"]],
+        [
+            "of process 0, of process 1, of all and the launcher",
+            each("killed", "process 0", "process 1", "all"),
+        ],
+        [
+            "before the first step, during steps, during a checkpoint",
+            each("during", "start", "step", "write"),
+        ],
+        [
+            "after which the newest checkpoint was truncated, or one of its bits flipped",
+            each("newest checkpoint", "truncated", "flipped"),
+        ],
+    ]
+    costs = [
+        [mode, *(count[f"{mode}: {lost} steps"] for lost in range(2 * INTERVAL + 1))]
+        for mode in MODES.values()
+    ]
+    return f"""\
+Two processes of one CPU device each, a checkpoint every {INTERVAL} steps. After every kill the same command went on
+from the newest checkpoint that was complete and undamaged, and all metrics were bitwise those of the undisturbed run.
+
+{table(["", "kills"], rows)}
+
+How many kills cost how many steps, without what a damaged checkpoint costs besides: at most {INTERVAL} with
+`checkpoint.wait`, at most {INTERVAL} and those made during the write that was cut short without it.
+
+{table(["steps", *map(str, range(2 * INTERVAL + 1))], costs)}
+
+Most steps made during a write that was cut short: {count["most steps during a write"]}. Longest time from a kill until
+the last process had ended: {count["longest seconds until all had ended"]} s."""
+
+
 if __name__ == "__main__":
-    main(
+    counted = main(
         int(sys.argv[1]) if len(sys.argv) > 1 else 50,
         sys.argv[2] if len(sys.argv) > 2 else None,
         int(sys.argv[3]) if len(sys.argv) > 3 else 1,
     )
+    save("kills", "Runs killed again and again", page(counted))

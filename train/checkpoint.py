@@ -61,7 +61,7 @@ class Checkpoints:
 
     Args:
       directory: `<run>/checkpoints`, on a file system that all processes share.
-      config: how many are kept.
+      config: how many are kept, and whether a save waits until it is complete.
     """
 
     def __init__(self, directory: str | os.PathLike[str], config: CheckpointConfig):
@@ -71,7 +71,8 @@ class Checkpoints:
         self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
         self._finisher = ThreadPoolExecutor(1, "checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
-        self._times = 0.0, 0.0  # when the save in progress began, and how long the caller waited
+        # When the newest save began, or this run, and how long the caller waited for its copy.
+        self._times = time.monotonic(), 0.0
         self._damaged: set[int] = set()
         self._swept = False
 
@@ -88,8 +89,9 @@ class Checkpoints:
     def save(self, step: int, state: Any, data_state: dict[str, Any], extra: dict[str, Any]) -> None:
         """Begin to save; return when the state has been copied, so that its buffers may be donated.
 
-        A save still in progress is waited for first. A checkpoint of the same step is replaced; those of
-        later steps belong to a future that the run has left, and are removed when this one is complete.
+        With `checkpoint.wait` return when the checkpoint is complete. A save still in progress is waited for first.
+        A checkpoint of the same step is replaced; those of later steps belong to a future that the run has left, and
+        are removed when this one is complete.
 
         Args:
           step: finished optimizer steps.
@@ -121,6 +123,8 @@ class Checkpoints:
         finish = self._finish if self._primary else self._finish_part
         self._times = began, time.monotonic() - began
         self._saving = step, self._finisher.submit(finish, step, pending, record, str(next(_saves)))
+        if self._config.wait:
+            self.wait()
 
     def _finish(self, step: int, pending: Path, record: str, topic: str) -> None:
         """In the background of process 0: wait for Orbax, collect the hashes, commit by one rename, prune."""
@@ -129,9 +133,10 @@ class Checkpoints:
             self._checkpointer.wait_until_finished()
             write_durably(pending / _RECORD, record)
             write_manifest(pending, _all_hashes(pending, topic))
-            self._discard(step)
+            replaced = self._put_aside(step)
             pending.rename(self.directory / str(step))
             sync_directory(self.directory)
+            shutil.rmtree(replaced, ignore_errors=True)
         except Exception as error:
             fault = str(error)
             raise
@@ -140,11 +145,10 @@ class Checkpoints:
                 processes.tell_all(fault, f"written/{topic}")
         self._damaged.discard(step)
         began, blocked = self._times
+        whole = time.monotonic() - began
         log.info(
             "checkpoint of step %d: written in %.2f s, of which the steps waited %.2f s",
-            step,
-            time.monotonic() - began,
-            blocked,
+            *(step, whole, whole if self._config.wait else blocked),
         )
         self._prune(step)
 
@@ -171,11 +175,15 @@ class Checkpoints:
 
     def _discard(self, step: int) -> None:
         """Remove a checkpoint; renamed first, so that a kill in between leaves no half of one."""
-        doomed = self.directory / f".discarded-{step}"
-        shutil.rmtree(doomed, ignore_errors=True)
+        shutil.rmtree(self._put_aside(step), ignore_errors=True)
+
+    def _put_aside(self, step: int) -> Path:
+        """Where a checkpoint has been moved, if there was one."""
+        aside = self.directory / f".discarded-{step}"
+        shutil.rmtree(aside, ignore_errors=True)
         with contextlib.suppress(FileNotFoundError):
-            (self.directory / str(step)).rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+            (self.directory / str(step)).rename(aside)
+        return aside
 
     def _sweep(self) -> None:
         """Remove what a killed or failed save left. Only the process that writes does this."""
@@ -243,12 +251,20 @@ class Checkpoints:
     def _record(self, step: int) -> dict[str, Any]:
         return json.loads((self.directory / str(step) / _RECORD).read_text(encoding="utf-8"))
 
+    def is_late(self) -> bool:
+        """Whether the minutes after which there is to be another checkpoint have passed."""
+        minutes = self._config.every_minutes
+        return minutes > 0 and processes.from_first(time.monotonic() - self._times[0] >= 60 * minutes)
+
     def would_be_best(self, extra: dict[str, Any]) -> bool:
-        """Whether a checkpoint with this `extra`, which has an evaluation loss, would be kept as the best.
+        """Whether a checkpoint with this `extra`, which has an evaluation loss, is to be made and kept as the best.
 
         A save in progress is finished first; raises like `wait`.
         """
         self.wait()
+        return self._config.every > 0 and processes.from_first(self._is_better_than_all(extra))
+
+    def _is_better_than_all(self, extra: dict[str, Any]) -> bool:
         loss, tokens = extra[BEST], extra.get(EXTENT)
         evaluated = [self._evaluation(step) for step in self.steps() if step not in self._damaged]
         others = [other for other, extent in filter(None, evaluated) if extent == tokens]

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from train.cli_help import overview, show_help
 from train.commands import COMMANDS, use_cpu_devices
 from train.config import TrainConfig
-from train.errors import ConfigError, NotFinite, RunError, TrainingFailed
+from train.errors import ConfigError, FailedTogether, RunError, TrainingFailed
 from train.fields import leaf_types, nearest, shown, unknown_field
 from train.logs import logged_to
 from train.words import Words, take_apart
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         line = " ".join(str(error).split())
         # Bytes of the command line that are no UTF-8 are shown as escapes.
         print("error:", line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
-        if isinstance(error, TrainingFailed) and not isinstance(error, NotFinite):
+        if isinstance(error, TrainingFailed) and not isinstance(error, FailedTogether):
             _leave_the_others(error.exit_code)
         return error.exit_code
     except KeyboardInterrupt:

@@ -102,10 +102,10 @@ def _train(argument: str, options: Mapping[str, str]) -> int:
 
     import jax
 
-    from train import processes
+    from train.joining import join
     from train.loop import train
 
-    processes.join(options)
+    join(options)
     try:
         train(config, name)
     except (OSError, MemoryError, jax.errors.JaxRuntimeError) as error:

@@ -230,6 +230,9 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step always has one. 0: only the last step."""
     every_minutes: float = 0.0
     """Minutes after which the next logged step has a checkpoint too. 0: steps alone count."""
+    wait: bool = False
+    """Begin the next step only when a checkpoint is complete. A kill then costs at most the steps between two
+    checkpoints; otherwise also those made while one was being written."""
     on_nan: Literal["stop", "skip", "rollback"] = "stop"
     """What a step that is not finite does: end the run; change nothing but the count of steps, so that its batch is
     skipped; or go back to the last checkpoint and on with the batch after the bad one, ten times at most. All keep the

@@ -31,7 +31,11 @@ class TrainingFailed(RunError):
     exit_code = 3
 
 
-class NotFinite(TrainingFailed):
+class FailedTogether(TrainingFailed):
+    """The same, in every process of the run: they end in order, each with this error's code."""
+
+
+class NotFinite(FailedTogether):
     """A step gave NaN or Inf.
 
     Args:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +24,9 @@ from train.data import (
     TrainingBatches,
     build_tokenizer,
     load_corpus,
-    num_validation_batches,
-    validation_batches,
 )
 from train.errors import ConfigError, Interrupted, NotFinite
-from train.evaluate import Evaluation, evaluate
+from train.evaluator import Evaluator, is_due, is_owed
 from train.feed import abstract_batch, device_batch, process_rows
 from train.fields import flatten
 from train.lock import lock_run
@@ -106,76 +101,67 @@ def _train(config: TrainConfig, workdir: Path, failure: NotFinite | None) -> Non
         # ---- restore, or begin ----
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config.checkpoint))
         with held_back() as warnings:
-            restored = checkpoints.restore(program.abstract_state, accept=batches.set_state)
-        first, state = (0, program.init()) if restored is None else restored[:2]
-        if config.steps < first:
-            rule = f"must be at least {first}, which this run has already done"
-            raise ConfigError("steps", config.steps, rule)
+            first, state, extra = _restore(checkpoints, program, batches)
+        owes_evaluation = first > 0 and is_owed(config, first, extra)
         # Only now is nothing left that could refuse to go on: a refused resume leaves the run as it was.
         with processes.refusing_together():
             if processes.is_first():
                 save_config(config, workdir / "config.yaml")
                 tokenizer.save(workdir)
-            monitor = _monitor(workdir, config, program.spec, mesh, first)
+            monitor = _monitor(workdir, config, program.spec, mesh, first, evaluated=not owes_evaluation)
 
         # ---- reports ----
         stack.push(monitor)
-        for record in warnings:
-            log.handle(record)
         if failure is not None:
             _leave_out(batches, failure, first)
-        first_batch = batches.get_state()["next_batch"]
+        stack.enter_context(_knowing_its_batch(batches.get_state()["next_batch"] - first, stop))
         watchdog = stack.enter_context(
             Watchdog(workdir, factor=config.log.stall_factor, seconds=config.log.stall_seconds)
         )
         reporter = Reporter(monitor, program.spec, mesh, checkpoints.describe, watchdog)
+        for record in warnings:
+            log.handle(record)
         log.info("run directory: %s", workdir)
-        _introduce(program.spec, corpus, mesh, first)
-        for line in speeds:
-            log.info("self-check: %s", line)
+        _introduce(program.spec, corpus, mesh, speeds)
         for line in tuner.describe(program.spec):
             log.info("%s", line)
+        if first:
+            done = first == config.steps and not owes_evaluation
+            log.info("already finished: all %d steps are done" if done else "going on after step %d", first)
 
         batch_shape = abstract_batch(mesh, batch_size, sequence_length)
         train_step = program.train_step
         if tuner.choose_shadows(first, program.spec, state.params):
             train_step = make_program(config, tokenizer.vocab_size, mesh, tuner.tuning).train_step
         train_step = processes.compile_together(train_step, program.abstract_state, batch_shape)
-        eval_step = processes.compile_together(program.eval_step, program.abstract_state.params, batch_shape)
+        evaluator = Evaluator(config, corpus, rows, program, monitor, stop)
 
-        # ---- the loop ----
-        stack.enter_context(_knowing_its_batch(first_batch - first, stop))
-        saved_at = time.monotonic()
-        for step in range(first + 1, config.steps + 1):
-            state, metrics = train_step(state, device_batch(next(batches), mesh))
+        # ---- the loop; a run that was stopped in an evaluation begins with it ----
+        for step in range(first if owes_evaluation else first + 1, config.steps + 1):
             last = step == config.steps
-            reporter.add(step, metrics, logged=last or step == 1 or step % config.log.every == 0)
+            logged = last or step == 1 or _due(step, config.log.every)
+            if step > first:
+                state, metrics = train_step(state, device_batch(next(batches), mesh))
+                reporter.add(step, metrics, logged=logged)
 
-            extra: dict[str, Any] = {"content_hash": corpus.content_hash}
-            is_best = is_late = False
-            if last or _due(step, config.eval.every):
+            found: dict[str, float] = {}
+            is_best = False
+            if is_due(config, step):
                 reporter.flush()
                 with monitor.paused(), watchdog.paused():
-                    evaluation = _evaluate(
-                        config, corpus, rows, program, eval_step, state, monitor, whole=last
-                    )
-                    extra |= evaluation.standing(config.eval.max_batches)
-                    if config.checkpoint.every > 0:
-                        is_best = processes.from_first(checkpoints.would_be_best(extra))
-                state = _report_evaluation(monitor, step, evaluation, state)
+                    state, found = evaluator(step, state)
+                    is_best = bool(found) and checkpoints.would_be_best(found)
 
-            stopping = stop.after(step)
-            minutes = config.checkpoint.every_minutes
-            if minutes > 0 and _due(step, config.log.every):
-                is_late = processes.from_first(time.monotonic() - saved_at >= 60 * minutes)
-            if last or _due(step, config.checkpoint.every) or is_best or is_late or stopping:
-                saved_at = time.monotonic()
+            stopping = stop.here()
+            due = _due(step, config.checkpoint.every) or (logged and checkpoints.is_late())
+            if last or due or is_best or stopping:
                 reporter.flush()
                 with monitor.paused(), watchdog.paused():
                     reporter.refuse_broken(step, state.params)
+                    extra = {"content_hash": corpus.content_hash, **found}
                     checkpoints.save(step, state, batches.get_state(), extra)
 
-            if stopping and not last:
+            if stopping and not (last and found):
                 with watchdog.paused():
                     checkpoints.wait()
                 raise Interrupted(stop.number, step)
@@ -205,6 +191,24 @@ def _read_input(config: TrainConfig, workdir: Path) -> tuple[TrainConfig, Tokeni
     return config, tokenizer, load_corpus(config.data, tokenizer)
 
 
+def _restore(
+    checkpoints: Checkpoints, program: Program, batches: TrainingBatches
+) -> tuple[int, TrainState, dict[str, Any]]:
+    """Finished steps, state and `extra` of the newest sound checkpoint, behind which `batches` go on; or a new run's.
+
+    Raises:
+      ConfigError: the run has already done more steps, or see `Checkpoints.restore`.
+    """
+    restored = checkpoints.restore(program.abstract_state, accept=batches.set_state)
+    if restored is None:
+        return 0, program.init(), {}
+    first, state, _, extra = restored
+    steps = program.spec.config.steps
+    if steps < first:
+        raise ConfigError("steps", steps, f"must be at least {first}, which this run has already done")
+    return first, state, extra
+
+
 def _require_agreement(config: TrainConfig, corpus: Corpus) -> None:
     """Config, versions and data must be the same in all processes."""
     processes.require_agreement(
@@ -215,44 +219,6 @@ def _require_agreement(config: TrainConfig, corpus: Corpus) -> None:
             "data.tokenizer": corpus.tokenizer_hash,
         }
     )
-
-
-def _evaluate(
-    config: TrainConfig,
-    corpus: Corpus,
-    rows: slice,
-    program: Program,
-    eval_step: Any,
-    state: TrainState,
-    monitor: Monitor | Bystander,
-    *,
-    whole: bool,
-) -> Evaluation:
-    """On the whole validation split, or on as much of it as the config says."""
-    part = config.eval.max_batches
-    if whole and part is not None:
-        log.info("evaluating on the whole validation split")
-    sizes = corpus, config.data.batch_size, config.data.sequence_length, None if whole else part
-    return evaluate(
-        eval_step,
-        state.params,
-        validation_batches(*sizes, rows),
-        program.mesh,
-        experts_of_layers=program.spec.experts_of_layers,
-        progress=partial(monitor.evaluating, total=num_validation_batches(*sizes)),
-    )
-
-
-def _report_evaluation(
-    monitor: Monitor | Bystander, step: int, evaluation: Evaluation, state: TrainState
-) -> TrainState:
-    """Log it; the state with the watched tokens' first choices at this evaluation."""
-    experts: dict[str, Any] = {}
-    if evaluation.experts is not None:
-        experts = evaluation.experts.metrics(jax.device_get(state.first_MW))
-        state = dataclasses.replace(state, first_MW=evaluation.experts.first_MW)
-    monitor.evaluation(step, evaluation.loss(), experts)
-    return state
 
 
 @contextmanager
@@ -305,7 +271,7 @@ def _make_directory(workdir: Path) -> None:
 
 
 def _monitor(
-    workdir: Path, config: TrainConfig, spec: ModelSpec, mesh: Mesh, first: int
+    workdir: Path, config: TrainConfig, spec: ModelSpec, mesh: Mesh, first: int, *, evaluated: bool
 ) -> Monitor | Bystander:
     if not processes.is_first():
         return Bystander()
@@ -314,13 +280,14 @@ def _monitor(
         config.log,
         total_steps=config.steps,
         start_step=first,
+        evaluated=evaluated,
         tokens_per_step=config.data.batch_size * config.data.sequence_length,
         mfu_per_token=_mfu_per_token(spec, mesh),
     )
 
 
-def _introduce(spec: ModelSpec, corpus: Corpus, mesh: Mesh, first: int) -> None:
-    """Say in the log what is trained, on what, where."""
+def _introduce(spec: ModelSpec, corpus: Corpus, mesh: Mesh, speeds: Sequence[str]) -> None:
+    """Say in the log what is trained, on what, where, and how fast its wires are."""
     total, active = spec.count_parameters()
     log.info("parameters: %s in all, %s active per token", f"{total:,}", f"{active:,}")
     log.info(
@@ -332,10 +299,8 @@ def _introduce(spec: ModelSpec, corpus: Corpus, mesh: Mesh, first: int) -> None:
     if corpus.ignored_files:
         log.warning("data.path: %d files of no known kind were left out", corpus.ignored_files)
     log.info("devices: %d x %s as %s", mesh.size, mesh.devices.flat[0].device_kind, dict(mesh.shape))
-    if first == spec.config.steps:
-        log.info("already finished: all %d steps are done", first)
-    elif first:
-        log.info("going on after step %d", first)
+    for line in speeds:
+        log.info("self-check: %s", line)
 
 
 def _size(split: str, stream: TokenStream) -> str:

@@ -20,6 +20,9 @@ DROP_CAUSES = {
 }
 """Metrics below `moe/` that add up to `moe/dropped_fraction`, and what they say."""
 
+EVALUATION = "eval/loss"
+"""What the line of an evaluation has, and no other."""
+
 LAYERS = "moe/layers/"
 """What begins so has one entry per MoE layer, or per layer and expert."""
 
@@ -49,10 +52,15 @@ class Metrics:
         while rest:
             rest = rest[self._file.write(rest) :]
 
-    def truncate_after(self, step: int) -> None:
-        """Keep the lines up to `step`, byte for byte, and drop later and half-written ones, in one rename."""
+    def truncate_after(self, step: int, *, evaluated: bool = True) -> None:
+        """Keep the lines up to `step`, byte for byte, and drop later and half-written ones, in one rename.
+
+        Args:
+          evaluated: keep an evaluation after that very step too.
+        """
         self._file.close()
-        kept = [line for line in self.path.read_bytes().splitlines(keepends=True) if _is_up_to(line, step)]
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if _is_up_to(line, step, evaluated)]
         shorter = self.path.with_name(self.path.name + ".cut")
         with shorter.open("wb") as file:
             file.writelines(kept)
@@ -94,11 +102,12 @@ def _portable(value: Any) -> Any:
     return number
 
 
-def _is_up_to(line: bytes, step: int) -> bool:
-    """Whether a line is whole and belongs to `step` or an earlier one."""
+def _is_up_to(line: bytes, step: int, evaluated: bool) -> bool:
+    """Whether a line is whole and belongs to `step` (before its evaluation, unless `evaluated`) or an earlier one."""
     if not line.endswith(b"\n"):
         return False
     try:
-        return json.loads(line)["step"] <= step
+        record = json.loads(line)
+        return record["step"] < step + (evaluated or EVALUATION not in record)
     except (ValueError, KeyError, TypeError):
         return False

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from train.config import LogConfig
 from train.errors import TrainingFailed
 from train.logs import logged_to
-from train.metrics import LAYERS, Metrics
+from train.metrics import EVALUATION, LAYERS, Metrics
 from train.tensorboard import Board
 from train.terminal import Terminal, make_terminal
 from train.watch import ExpertWatch
@@ -34,6 +34,7 @@ class Monitor:
       config: what is reported.
       total_steps: steps of the whole run.
       start_step: finished steps of the checkpoint from which the run goes on; 0 without one.
+      evaluated: whether the evaluation after that step, if one was due, has been done too.
       tokens_per_step: tokens of one optimizer step over all devices.
       mfu_per_token: model FLOPs utilisation per token/s; unset where the devices' peak is not known.
       stream: the terminal; standard error unless given. Live when it is a terminal, plain lines otherwise.
@@ -47,6 +48,7 @@ class Monitor:
         total_steps: int,
         start_step: int,
         tokens_per_step: int,
+        evaluated: bool = True,
         mfu_per_token: float | None = None,
         stream: TextIO | None = None,
     ):
@@ -56,7 +58,7 @@ class Monitor:
         self._watch = ExpertWatch(config.drop_limit, config.dead_after)
         self._mfu_per_token = mfu_per_token
         self._metrics = Metrics(run_dir / "metrics.jsonl")
-        self._metrics.truncate_after(start_step if start_step else -1)
+        self._metrics.truncate_after(start_step if start_step else -1, evaluated=evaluated)
         self._board = Board(run_dir / "tensorboard", start_step) if config.tensorboard else None
         self._terminal = make_terminal(stream or sys.stderr, total_steps, start_step)
 
@@ -120,7 +122,7 @@ class Monitor:
         named = {f"eval/{name}": value for name, value in (experts or {}).items()}
         layers = {name: value for name, value in named.items() if LAYERS in name}
         scalars = {name: value for name, value in named.items() if name not in layers}
-        self._write(step, {"step": step, "eval/loss": loss, **scalars}, layers)
+        self._write(step, {"step": step, EVALUATION: loss, **scalars}, layers)
         with contextlib.suppress(OSError):
             self._terminal.evaluation(step, loss)
 

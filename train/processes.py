@@ -1,22 +1,12 @@
-"""How the processes of one run find each other: by flags, by `moejax launch`, or by the cluster that started them.
-
-The coordinator is a service inside process 0. Every process connects to it once, before jax looks for devices.
-"""
+"""What the processes of one run tell each other, through the coordinator, and what they do together."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import importlib.metadata
 import itertools
 import json
-import logging
-import os
-import signal
-import socket
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -24,128 +14,15 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from train.errors import ConfigError, TrainingFailed
+from train.errors import ConfigError, FailedTogether, TrainingFailed
 from train.fields import shown
-from train.place import LAUNCHER, Place, find_place, gpu_of, open_mpi_place, slurm_place
-
-HEARTBEAT_SECONDS = 30
-"""After so long without a sign of life a process counts as lost, and all others end."""
-PARTING_SECONDS = 30
-"""How long a process that ends waits for the others to end too; then they count as told, and end."""
-CONNECT_SECONDS = 180
-"""How long the processes of a run wait for each other at its begin."""
-PATIENCE_SECONDS = 10
-"""How long a process waits for others before it says so."""
 
 COMPILE_SECONDS = 1800
 """How long a process waits for the others to compile."""
 
-_SIGNAL_AT_PARENTS_DEATH = 1  # PR_SET_PDEATHSIG
-
 Number = TypeVar("Number", bool, int)
 
 _meetings = itertools.count()
-
-log = logging.getLogger("moejax")
-
-
-def join(options: Mapping[str, str], environment: Mapping[str, str] = os.environ) -> None:
-    """Connect this process to the others of its run, if it has any.
-
-    Args:
-      options: see `find_place`.
-
-    Raises:
-      ConfigError: the coordinator cannot be reached, or nobody says where it is.
-    """
-    if environment.get(LAUNCHER, "").isdecimal():
-        _end_with(int(environment[LAUNCHER]))
-    place = find_place(options, environment) or slurm_place(environment) or open_mpi_place(environment)
-    if place is None:
-        if "JOBSET_NAME" in environment:
-            _join_on_kubernetes()
-        return
-    if place.processes == 1:
-        return
-    gpu = gpu_of(place, environment)
-    try:
-        with _saying_what_it_waits_for(place):
-            if place.process_id > 0:
-                _wait_for_coordinator(place)
-            jax.distributed.initialize(
-                place.coordinator,
-                place.processes,
-                place.process_id,
-                local_device_ids=gpu,
-                cluster_detection_method="deactivate",
-                initialization_timeout=CONNECT_SECONDS,
-                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-                shutdown_timeout_seconds=PARTING_SECONDS,
-                coordinator_bind_address=place.listens_on,
-            )
-    except (ValueError, RuntimeError) as error:  # such as a port in use
-        reason = str(error).partition("\n")[0]
-        rule = f"process {place.process_id} could not join there: {reason}"
-        raise ConfigError("--coordinator", place.coordinator, rule) from error
-
-
-def _end_with(launcher: int) -> None:
-    """Get SIGTERM when the launcher ends, however it ends: no process may be left behind. Linux only."""
-    if not sys.platform.startswith("linux"):
-        return
-    ctypes.CDLL(None).prctl(_SIGNAL_AT_PARENTS_DEATH, signal.SIGTERM)
-    if os.getppid() != launcher:  # it was faster
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _join_on_kubernetes() -> None:
-    """By jax's own detection, which asks the cluster for the coordinator's address."""
-    try:
-        jax.distributed.initialize(
-            initialization_timeout=CONNECT_SECONDS,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=PARTING_SECONDS,
-        )
-    except (ImportError, ValueError, RuntimeError) as error:
-        rule = (
-            f"Kubernetes started processes, but they do not find each other ({error}); say where process 0 is"
-        )
-        raise ConfigError("--coordinator", "(nothing)", rule) from error
-
-
-@contextlib.contextmanager
-def _saying_what_it_waits_for(place: Place) -> Iterator[None]:
-    """Warn once if the block, in which all processes meet, takes long."""
-    whom = (
-        f"process 0 at {place.coordinator}"
-        if place.process_id
-        else f"all {place.processes - 1} others to come to {place.coordinator}"
-    )
-    message = (
-        f"process {place.process_id} of {place.processes} waits for {whom}, up to {CONNECT_SECONDS:.0f} s"
-    )
-    timer = threading.Timer(PATIENCE_SECONDS, log.warning, [message])
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def _wait_for_coordinator(place: Place) -> None:
-    """Try to reach the coordinator's port: jax would wait for minutes and end with a C++ stack."""
-    host, _, port = place.coordinator.rpartition(":")
-    deadline, reason = time.monotonic() + CONNECT_SECONDS, ""
-    while time.monotonic() < deadline:
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
-            return
-        except OSError as error:
-            reason = error.strerror or str(error)
-        time.sleep(0.2)
-    rule = f"process {place.process_id} could not reach it within {CONNECT_SECONDS} s: {reason}"
-    raise ConfigError("--coordinator", place.coordinator, rule)
 
 
 def versions() -> str:
@@ -246,11 +123,12 @@ def new_topic(name: str) -> str:
 def refusing_together() -> Iterator[None]:
     """A block in which one process alone may find bad input, or fail: then all end by its error. All must enter it.
 
-    Nothing in the block may wait for other processes.
+    Of several processes that have an error, the one of the lowest number says how all of them end. Nothing in the block
+    may wait for other processes.
 
     Raises:
-      ConfigError: the first process to have one has refused its input.
-      TrainingFailed: the first process to have an error could not go on.
+      ConfigError: that process has refused its input.
+      FailedTogether: it could not go on.
     """
     mine: ConfigError | TrainingFailed | OSError | None = None
     try:
@@ -270,12 +148,11 @@ def refusing_together() -> Iterator[None]:
     )
     if first is None:
         return
-    if number == jax.process_index() and mine is not None:
-        raise mine
+    is_mine = number == jax.process_index()
     if len(first) == 1:
-        raise TrainingFailed(f"process {number}: {first[0]}") from mine
+        raise FailedTogether(first[0] if is_mine else f"process {number}: {first[0]}") from mine
     field, value, rule = first
-    raise ConfigError(field, value, f"{rule} (seen by process {number})") from mine
+    raise ConfigError(field, value, rule if is_mine else f"{rule} (seen by process {number})") from mine
 
 
 def require_agreement(texts: Mapping[str, str]) -> None:

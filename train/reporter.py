@@ -25,13 +25,15 @@ log = logging.getLogger("moejax")
 # Steps whose metrics may wait on the device. XLA's CPU client holds 32 computations of a device at once; a thread that
 # launches one more waits, and on several devices the slowest may need that very thread: a deadlock.
 MAX_AHEAD = 16
+# Steps that the device may have before it: enough to keep it busy, few enough that a signal need not wait for many.
+QUEUED = 3
 
 
 class Reporter:
     """Fetches metrics from the device outside the step, one step late, so that the device never waits for the host.
 
-    Every step's metrics are looked at, so a NaN is named with its step, whatever `log.every` is; the host is never more
-    than MAX_AHEAD steps ahead of the device.
+    Every step's metrics are looked at, so a NaN is named with its step, whatever `log.every` is, at most MAX_AHEAD
+    steps late; the host is never more than QUEUED steps ahead of the device.
 
     Args:
       describe_checkpoint: says which checkpoint a failed run is left with.
@@ -62,6 +64,8 @@ class Reporter:
         if any(was_logged for *_, was_logged in self._pending) or len(self._pending) >= MAX_AHEAD:
             self.flush()
         self._pending.append((step, metrics, logged))
+        if len(self._pending) > QUEUED:
+            jax.block_until_ready(self._pending[-1 - QUEUED][1])
         if self._watchdog:
             self._watchdog.begun(step)
 

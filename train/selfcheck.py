@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from train import processes
-from train.errors import ConfigError, TrainingFailed
+from train.errors import ConfigError, FailedTogether
 from train.place import promised_devices
 from train.rates import fastest
 
@@ -60,7 +60,7 @@ def check_collectives(mesh: Mesh) -> list[str]:
       A line per axis and collective, with the time and the bytes that each device sends in it per second.
 
     Raises:
-      TrainingFailed: an answer is wrong; names axis, collective and processes.
+      FailedTogether: an answer is wrong; names axis, collective and processes.
     """
     size = 2**22 if mesh.devices.flat[0].platform == "gpu" else 2**18
     lines = []
@@ -118,7 +118,7 @@ def _refuse(axis: str, name: str, wrong: int) -> None:
     if jax.process_count() > 1:
         bad = json.loads(processes.tell_all(json.dumps(bad), topic))
     if bad:
-        raise TrainingFailed(
+        raise FailedTogether(
             f"self-check: the {name} over mesh axis {axis} gives wrong numbers in process "
             f"{', '.join(map(str, bad))}; look at its node's network and at NCCL_DEBUG=INFO"
         )

@@ -1,16 +1,17 @@
-"""Signals that ask a run to stop: honoured after the step, with a checkpoint."""
+"""Signals that ask a run to stop: honoured after the step or the batch of an evaluation, with a checkpoint."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.experimental import multihost_utils
@@ -18,6 +19,13 @@ from jax.experimental import multihost_utils
 log = logging.getLogger("moejax")
 
 _SHOW_CURSOR = "\x1b[?25h"
+_places = itertools.count(1)  # of this process: those at which all processes of the run ask whether to stop
+
+T = TypeVar("T")
+
+
+class AskedToStop(Exception):
+    """A signal came while something was done that can be done again."""
 
 
 class Stop:
@@ -25,27 +33,38 @@ class Stop:
 
     number = 0
 
-    def after(self, step: int) -> bool:
-        """Whether the run is to stop after this step; asked once after each."""
+    def here(self) -> bool:
+        """Whether the run is to stop here; all processes must ask at the same places."""
         return self.number > 0
+
+    def checked(self, items: Iterable[T]) -> Iterator[T]:
+        """The items one by one.
+
+        Raises:
+          AskedToStop: before the next item, when the run is to stop.
+        """
+        for item in items:
+            if self.here():
+                raise AskedToStop
+            yield item
 
 
 class StopTogether(Stop):
-    """The same for several processes, of which any may be signalled: all stop after the same step.
+    """The same for several processes, of which any may be signalled: all stop at the same place.
 
-    jax's coordination service passes SIGTERM on and chooses a step that no process has passed yet.
+    jax's coordination service passes SIGTERM on and chooses a place that no process has passed yet.
     """
 
-    def after(self, step: int) -> bool:
-        """Whether the run is to stop after this step, in all processes alike."""
-        if multihost_utils.reached_preemption_sync_point(step):
+    def here(self) -> bool:
+        """Whether the run is to stop here, in all processes alike."""
+        if not self.number and multihost_utils.reached_preemption_sync_point(next(_places)):
             self.number = signal.SIGTERM
         return self.number > 0
 
 
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Turn SIGINT and SIGTERM into a request that the loop honours after the step; a second one acts at once.
+    """Turn SIGINT and SIGTERM into a request that the loop honours at its next `Stop.here`; a second one acts at once.
 
     SIGUSR1, which Slurm sends where it is told to (`--signal=USR1@120`), is as good as SIGTERM.
     """

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from train.checkpoint import Checkpoints
 from train.config import CheckpointConfig
 from train.errors import ConfigError, TrainingFailed
-from train.integrity import MANIFEST, find_fault
+from train.integrity import MANIFEST, find_fault, write_manifest
 
 
 class State(NamedTuple):
@@ -137,6 +138,24 @@ class TestRoundTrip:
         assert blocked < 1.0  # 20 MB; about 10 ms on a quiet machine
         _, restored, _, _ = checkpoints.restore(asked)
         assert_bitwise(jax.tree.map(np.asarray, restored), expected)
+
+    def test_a_save_waits_until_it_is_complete_where_it_is_asked_to(self, tmp_path, monkeypatch):
+        released = threading.Event()
+
+        def late(*arguments):
+            assert released.wait(timeout=60)
+            write_manifest(*arguments)
+
+        monkeypatch.setattr("train.checkpoint.write_manifest", late)
+        with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+            checkpoints.save(1, small_state(1), {}, {})
+            assert checkpoints.steps() == []
+            released.set()
+        released.clear()
+        with Checkpoints(tmp_path, CheckpointConfig(wait=True)) as checkpoints:
+            threading.Timer(0.3, released.set).start()
+            checkpoints.save(2, small_state(2), {}, {})
+            assert checkpoints.steps() == [1, 2]
 
     def test_nothing_there(self, checkpoints):
         assert checkpoints.restore(abstract(small_state(0))) is None

@@ -52,7 +52,7 @@ def test_the_best_evaluation_makes_a_checkpoint_of_its_own(run, monkeypatch):
             return Evaluation(np.asarray([27.0, 0.0]), np.asarray([10, 90]))
         return Evaluation(np.asarray([10 * found]), np.asarray([10]))
 
-    monkeypatch.setattr("train.loop.evaluate", whole_is_lower)
+    monkeypatch.setattr("train.evaluator.evaluate", whole_is_lower)
     options = (
         "--eval.every",
         2,

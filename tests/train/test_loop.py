@@ -83,6 +83,24 @@ def test_nothing_is_compiled_after_the_first_step_and_nothing_fetched_between_lo
     assert len(fetched) > marks[10][1] > 0, "the spy does see the reports"
 
 
+def test_the_device_has_few_steps_before_it(run, monkeypatch):
+    begun, awaited, add, wait = [], [], Reporter.add, jax.block_until_ready
+
+    def spy(self, step, metrics, **options):
+        begun.append(metrics)
+        add(self, step, metrics, **options)
+
+    def awaiting(value):
+        awaited.extend((len(begun), step) for step, metrics in enumerate(begun, 1) if metrics is value)
+        return wait(value)
+
+    monkeypatch.setattr(Reporter, "add", spy)
+    monkeypatch.setattr(jax, "block_until_ready", awaiting)
+    assert run("--log.every", 100, "--checkpoint.every", 0) == 0
+    # Step 1 is logged, and fetched, while step 2 runs.
+    assert awaited == [(step + reporter.QUEUED, step) for step in range(2, 13 - reporter.QUEUED)]
+
+
 def test_nan_ends_the_run_and_names_step_and_layer(run, capsys):
     assert run("--steps", 6, "--checkpoint.every", 2) == 0
     good = sorted(path.name for path in (run.workdir / "checkpoints").iterdir())
@@ -243,6 +261,40 @@ def test_kill_and_sigterm_cost_nothing(run, tmp_path):
     assert process.returncode == 143, output
     launching.run("train", run.config, "--workdir", workdir, *options)
     assert small.read_metrics(workdir) == small.read_metrics(tmp_path / "whole")
+
+
+def test_a_signal_cuts_an_evaluation_short_and_the_same_command_does_it_whole(run, monkeypatch, capsys):
+    taken, signals = [], set()
+
+    def take(batch, mesh):
+        taken.append(batch)
+        if len(taken) in signals:
+            signal.raise_signal(signal.SIGTERM)
+        return device_batch(batch, mesh)
+
+    monkeypatch.setattr("train.evaluate.device_batch", take)
+    options = ("--eval.every", 6)
+    assert run(*options) == 0
+    undisturbed, each = small.read_metrics(run.workdir), len(taken) // 2
+    taken.clear()
+    signals |= {
+        2,
+        2 + each + 2,
+    }  # in the evaluation after step 6, and, when that has been done, in the last one
+    run.workdir = run.workdir.with_name("disturbed")
+    for done, steps in ((2, 6), (2 + each + 2, 12)):
+        assert run(*options) == 143 and len(taken) == done, "left after that batch"
+        assert f"stopped by signal 15 after step {steps}" in capsys.readouterr().err
+        assert (run.workdir / "checkpoints" / str(steps)).is_dir()
+        lines = small.read_metrics(run.workdir)
+        assert lines == [line for line in undisturbed if line["step"] < steps + ("loss" in line)]
+        # As if a run that went on had been killed between the evaluation and its checkpoint.
+        with (run.workdir / "metrics.jsonl").open("a") as file:
+            file.write(f'{{"step": {steps}, "eval/loss": 0.0}}\n')
+    for _ in range(2):  # the second time nothing is left to do
+        assert run(*options) == 0 and len(taken) == 2 + each + 2 + each
+        assert small.read_metrics(run.workdir) == undisturbed, "to the last bit"
+    assert "already finished" in (run.workdir / "log.txt").read_text()
 
 
 def test_without_a_period_only_the_last_step_is_kept(run):

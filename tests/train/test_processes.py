@@ -12,7 +12,7 @@ import pytest
 from tests import tolerance
 from tests.train import launching, small
 from tests.train.launching import children, is_gone, run, start, wait_for_step
-from train import launch, processes
+from train import joining, launch
 from train.config import MeshConfig
 from train.errors import ConfigError, TrainingFailed
 from train.integrity import find_fault, writer_of
@@ -134,11 +134,11 @@ def test_the_gpu_of_a_process():
 
 
 def test_a_coordinator_out_of_reach_is_named(monkeypatch):
-    monkeypatch.setattr(processes, "CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr(joining, "CONNECT_SECONDS", 0.5)
     with pytest.raises(
         ConfigError, match=r"^--coordinator = 127.0.0.1:1: process 1 could not reach it .*refused"
     ):
-        processes.join({"coordinator": "127.0.0.1:1", "processes": "2", "process_id": "1"})
+        joining.join({"coordinator": "127.0.0.1:1", "processes": "2", "process_id": "1"})
 
 
 @pytest.fixture
@@ -171,6 +171,28 @@ def test_two_processes_train_like_one(config, tmp_path, undisturbed):
             tolerance.assert_close(actual[name], expected[name], tolerance.F32_MODEL, name)
 
 
+SIGNALLED_IN_THE_LAST_EVALUATION = """
+import os, signal, time
+from train import evaluate, evaluator
+
+take, call = evaluate.device_batch, evaluator.Evaluator.__call__
+
+def slow(batch, mesh):
+    time.sleep(1)
+    return take(batch, mesh)
+
+def signalled(self, step, state):
+    if step == 24:
+        evaluate.device_batch = slow
+        if os.environ["MOEJAX_PROCESS_ID"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+    return call(self, step, state)
+
+evaluator.Evaluator.__call__ = signalled
+
+"""
+
+
 @pytest.mark.slow
 def test_processes_are_stopped_and_killed_together_and_go_on_to_the_same_bits(config, tmp_path, undisturbed):
     workdir = tmp_path / "disturbed"
@@ -187,6 +209,12 @@ def test_processes_are_stopped_and_killed_together_and_go_on_to_the_same_bits(co
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 3 and "error: process 1 of 2 ended with code 137" in output, output
     assert is_gone(first) and is_gone(second)
+
+    signalled = config.with_name("signalled.py")
+    signalled.write_text(SIGNALLED_IN_THE_LAST_EVALUATION + config.read_text())
+    output = run(*launched(signalled, workdir, *OPTIONS), code=143)
+    assert "stopped by signal 15 after step 24" in output and (workdir / "checkpoints" / "24").is_dir()
+    assert small.read_metrics(workdir) == undisturbed[:-1], "all but the last evaluation"
 
     run(*launched(config, workdir, *OPTIONS))
     assert small.read_metrics(workdir) == undisturbed, "to the last bit"
@@ -276,31 +304,73 @@ def test_a_signal_is_passed_on_although_nobody_reads_the_launcher_any_more(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("broken", "message"),
+    ("broken", "code", "message"),
     [
-        ("text.txt", r"error: data.path = .*: no such file or folder \(seen by process 1\)"),
-        (".lock", r"error: workdir = .*: is in use by process \d+ on [^(]*$"),
+        ("text.txt", 2, r"error: data.path = .*: no such file or folder( \(seen by process 1\))?$"),
+        (".lock", 2, r"error: workdir = .*: is in use by process \d+ on [^(]*( \(seen by process 0\))?$"),
+        ("config.yaml", 3, r"error: (process 0: )?\[Errno 28\] No space left on device$"),
     ],
 )
-def test_what_one_process_alone_refuses_is_refused_by_all_at_once(config, tmp_path, broken, message):
+def test_what_one_process_alone_finds_ends_all_with_the_same_code(config, tmp_path, broken, code, message):
+    text = config.read_text()
     if broken == "text.txt":  # process 1 looks for it elsewhere, as on a node without the file system
         name = repr(str(tmp_path / "text.txt"))
-        path = f"({name} if __import__('os').environ.get('MOEJAX_PROCESS_ID') != '1' else '/none/text.txt')"
-        config.write_text(config.read_text().replace(name, path))
+        path = f"({name} if __import__('os').environ['MOEJAX_PROCESS_ID'] == '0' else '/none/text.txt')"
+        text = text.replace(name, path)
+    if broken == "config.yaml":
+        full = "def full(*_): raise OSError(28, 'No space left on device')"
+        text = f"import train.loop\n{full}\ntrain.loop.save_config = full\n{text}"
+    config.write_text(text)
     (tmp_path / "run").mkdir()
+    words = ("train", config, "--cpu-devices", 2, "--workdir", tmp_path / "run")
+    place = {"MOEJAX_COORDINATOR": f"127.0.0.1:{launch._free_port()}", "MOEJAX_PROCESSES": "2"}
     with lock_run(tmp_path / "run") if broken == ".lock" else contextlib.nullcontext():
-        process = start(*launched(config, tmp_path / "run"))
-        output = process.communicate(timeout=240)[0]
-    assert process.returncode == 2, output
-    assert re.search(message, output, re.M) and "barrier" not in output.lower(), output
+        both = [start(*words, env=place | {"MOEJAX_PROCESS_ID": str(number)}) for number in range(2)]
+        outputs = [process.communicate(timeout=240)[0] for process in both]
+    assert [process.returncode for process in both] == [code, code], outputs
+    for output in outputs:
+        assert re.search(message, output, re.M) and "barrier" not in output.lower(), output
 
 
 def test_who_waits_for_others_says_for_whom(monkeypatch, caplog):
-    monkeypatch.setattr(processes, "PATIENCE_SECONDS", 0.05)
-    monkeypatch.setattr(processes, "CONNECT_SECONDS", 1)
+    monkeypatch.setattr(joining, "PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(joining, "CONNECT_SECONDS", 1)
     with pytest.raises(ConfigError):
-        processes.join({"coordinator": "127.0.0.1:1", "processes": "2", "process_id": "1"})
+        joining.join({"coordinator": "127.0.0.1:1", "processes": "2", "process_id": "1"})
     assert caplog.messages == ["process 1 of 2 waits for process 0 at 127.0.0.1:1, up to 1 s"]
+
+
+WAITING = """
+import sys
+from train import cli, joining
+joining.PATIENCE_SECONDS, joining.CONNECT_SECONDS = 1, LIMIT
+sys.exit(cli.main(["train", "quickstart", "--workdir", "/none", "--processes", "3", *sys.argv[1:]]))
+"""
+
+
+def test_process_0_says_how_many_others_have_come_and_gives_up_without_the_rest():
+    address = f"127.0.0.1:{launch._free_port()}"
+
+    def begin(number, limit):
+        script = WAITING.replace("LIMIT", limit)
+        place = ("--coordinator", address, "--process-id", number)
+        return start("-c", script, *place, command=[sys.executable])
+
+    second = begin(1, "60")
+    assert (
+        second.stdout.readline() == f"warning: process 1 of 3 waits for process 0 at {address}, up to 60 s\n"
+    )
+    first = begin(0, "4")
+    output = first.communicate(timeout=120)[0]
+    there = f"the others to come to {address} (1 of 2 are there)"
+    assert first.returncode == 2 and output.splitlines() == [
+        f"warning: process 0 of 3 waits for {there}, up to 4 s",
+        f"error: --coordinator = {address}: process 0 of 3 has waited 4 s for {there}; look at the output of those "
+        "that are not",
+    ]
+    second.kill()
+    output = second.communicate(timeout=60)[0]
+    assert output == f"warning: process 1 of 3 waits for the others to come to {address}, up to 60 s\n"
 
 
 def test_processes_with_different_configs_refuse_to_begin(config, tmp_path):

@@ -11,7 +11,7 @@ import time
 from train.signals import stop_signals
 with stop_signals() as stop:
     print("ready", flush=True)
-    while not stop.after(1):
+    while not stop.here():
         time.sleep(0.01)
     print("asked", flush=True)
     try:
