@@ -7,14 +7,17 @@ Shapes: T tokens on this device, D model width, K experts per token, N rows rece
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from custom_ops import DispatchPlan, make_plan
+from moejax.kept import received
 from moejax.levels import Levels
+from moejax.overlap import in_turn
 
 # (x_TD, plan, weights_TK) -> y_TD: each token's weighted sum over the experts of this device.
 ExpertsFn = Callable[[jax.Array, DispatchPlan, jax.Array], jax.Array]
@@ -37,24 +40,53 @@ class Delivery(NamedTuple):
     unsent: jax.Array
 
 
-def dispatch(
-    x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, *, levels: Levels, experts: ExpertsFn
-) -> Delivery:
-    """Carry each token to the experts it chose and bring back the weighted sum of their outputs.
+# A piece of this device's tokens, or what has arrived of it: x_TD, ids_TK, weights_TK.
+Chunk = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def dispatch(chunks: Sequence[Chunk], *, levels: Levels, experts: ExpertsFn) -> list[Delivery]:
+    """Carry the tokens of each chunk to the experts they chose and bring back the weighted sums of their outputs.
+
+    As many chunks are under way to the experts at a time as there are wires, and as many on the way back: while one is
+    computed, each wire carries another.
 
     Args:
-      ids_TK: chosen experts, -1 for none; at each level counted within what lies below it.
-      levels: those still to go through; without expert parallelism there is only the experts' own.
+      chunks: x_TD; ids_TK, the experts chosen, -1 for none; weights_TK.
+      levels: those to go through; without expert parallelism there is only the experts' own.
     """
+    wires = len(levels.exchanges)
+    arrived = in_turn(partial(_go, levels), chunks, ahead=wires)
+    computed = [(*_compute(levels, experts, *there), way) for *there, way in arrived]
+    return [Delivery(*result) for result in in_turn(partial(_return, levels), computed, ahead=wires)]
+
+
+def _go(levels: Levels, x_TD, ids_TK, weights_TK):
+    """Rows, ids and weights as they arrive behind the last wire, and the way they took: one `Arrived` per wire."""
     if not levels.exchanges:
-        plan = make_plan(ids_TK, levels.experts_per_device)
-        if levels.expert_rows is not None:
-            plan = plan.at_most(levels.expert_rows)
-        fill = jnp.sum(plan.group_sizes_P) / max(plan.choice_N.shape[0], 1)
-        fills = (fill.astype(jnp.float32),)
-        return Delivery(experts(x_TD, plan, weights_TK), plan.served_TK, fills, jnp.int32(0))
-    exchange = levels.exchanges[0]
-    rows_ND, ids_NK, weights_NK, fill, unsent, ticket = exchange.dispatch(x_TD, ids_TK, weights_TK)
-    inner = dispatch(rows_ND, ids_NK, weights_NK, levels=levels.below(), experts=experts)
-    y_TD, served_TK = exchange.combine(inner.y_TD, inner.served_TK, ticket)
-    return Delivery(y_TD, served_TK, (fill, *inner.fills), unsent + inner.unsent)
+        return x_TD, ids_TK, weights_TK, ()
+    arrived = levels.exchanges[0].dispatch(x_TD, ids_TK, weights_TK)
+    rows_ND, ids_NK, weights_NK, way = _go(
+        levels.below(), arrived.rows_ND, arrived.ids_NK, arrived.weights_NK
+    )
+    return rows_ND, ids_NK, weights_NK, (arrived, *way)
+
+
+def _compute(levels: Levels, experts: ExpertsFn, x_TD, ids_TK, weights_TK):
+    """The experts' own level: fields of a `Delivery`."""
+    if levels.exchanges:
+        x_TD = received(x_TD)
+    plan = make_plan(ids_TK, levels.experts_per_device)
+    if levels.expert_rows is not None:
+        plan = plan.at_most(levels.expert_rows)
+    fill = jnp.sum(plan.group_sizes_P) / max(plan.choice_N.shape[0], 1)
+    return experts(x_TD, plan, weights_TK), plan.served_TK, (fill.astype(jnp.float32),), jnp.int32(0)
+
+
+def _return(levels: Levels, y_TD, served_TK, fills, unsent, way):
+    """Fields of a `Delivery`, back before the first wire."""
+    if not levels.exchanges:
+        return y_TD, served_TK, fills, unsent
+    arrived, *below = way
+    y_ND, served_NK, fills, unsent = _return(levels.below(), y_TD, served_TK, fills, unsent, below)
+    y_TD, served_TK = levels.exchanges[0].combine(y_ND, served_NK, arrived.ticket)
+    return y_TD, served_TK, (arrived.fill, *fills), unsent + arrived.unsent
