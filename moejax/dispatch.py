@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from custom_ops import DispatchPlan, make_plan
+from moejax.exchange import Exchange
 from moejax.kept import received
 from moejax.levels import Levels
-from moejax.overlap import in_turn
+from moejax.overlap import pipeline
 
 # (x_TD, plan, weights_TK) -> y_TD: each token's weighted sum over the experts of this device.
 ExpertsFn = Callable[[jax.Array, DispatchPlan, jax.Array], jax.Array]
@@ -47,31 +48,23 @@ Chunk = tuple[jax.Array, jax.Array, jax.Array]
 def dispatch(chunks: Sequence[Chunk], *, levels: Levels, experts: ExpertsFn) -> list[Delivery]:
     """Carry the tokens of each chunk to the experts they chose and bring back the weighted sums of their outputs.
 
-    As many chunks are under way to the experts at a time as there are wires, and as many on the way back: while one is
-    computed, each wire carries another.
-
     Args:
       chunks: x_TD; ids_TK, the experts chosen, -1 for none; weights_TK.
       levels: those to go through; without expert parallelism there is only the experts' own.
     """
-    wires = len(levels.exchanges)
-    arrived = in_turn(partial(_go, levels), chunks, ahead=wires)
-    computed = [(*_compute(levels, experts, *there), way) for *there, way in arrived]
-    return [Delivery(*result) for result in in_turn(partial(_return, levels), computed, ahead=wires)]
+    there = [partial(_go, exchange) for exchange in levels.exchanges]
+    back = [partial(_return, exchange) for exchange in reversed(levels.exchanges)]
+    stages = [*there, partial(_compute, levels, experts), *back]
+    return [Delivery(*result) for *result, _ in pipeline(stages, [(*chunk, ()) for chunk in chunks])]
 
 
-def _go(levels: Levels, x_TD, ids_TK, weights_TK):
-    """Rows, ids and weights as they arrive behind the last wire, and the way they took: one `Arrived` per wire."""
-    if not levels.exchanges:
-        return x_TD, ids_TK, weights_TK, ()
-    arrived = levels.exchanges[0].dispatch(x_TD, ids_TK, weights_TK)
-    rows_ND, ids_NK, weights_NK, way = _go(
-        levels.below(), arrived.rows_ND, arrived.ids_NK, arrived.weights_NK
-    )
-    return rows_ND, ids_NK, weights_NK, (arrived, *way)
+def _go(exchange: Exchange, x_TD, ids_TK, weights_TK, way):
+    """Through one wire: rows, ids and weights as they arrive, and all that has `Arrived` on the way."""
+    arrived = exchange.dispatch(x_TD, ids_TK, weights_TK)
+    return arrived.rows_ND, arrived.ids_NK, arrived.weights_NK, (*way, arrived)
 
 
-def _compute(levels: Levels, experts: ExpertsFn, x_TD, ids_TK, weights_TK):
+def _compute(levels: Levels, experts: ExpertsFn, x_TD, ids_TK, weights_TK, way):
     """The experts' own level: fields of a `Delivery`."""
     if levels.exchanges:
         x_TD = received(x_TD)
@@ -79,14 +72,11 @@ def _compute(levels: Levels, experts: ExpertsFn, x_TD, ids_TK, weights_TK):
     if levels.expert_rows is not None:
         plan = plan.at_most(levels.expert_rows)
     fill = jnp.sum(plan.group_sizes_P) / max(plan.choice_N.shape[0], 1)
-    return experts(x_TD, plan, weights_TK), plan.served_TK, (fill.astype(jnp.float32),), jnp.int32(0)
+    return experts(x_TD, plan, weights_TK), plan.served_TK, (fill.astype(jnp.float32),), jnp.int32(0), way
 
 
-def _return(levels: Levels, y_TD, served_TK, fills, unsent, way):
-    """Fields of a `Delivery`, back before the first wire."""
-    if not levels.exchanges:
-        return y_TD, served_TK, fills, unsent
-    arrived, *below = way
-    y_ND, served_NK, fills, unsent = _return(levels.below(), y_TD, served_TK, fills, unsent, below)
-    y_TD, served_TK = levels.exchanges[0].combine(y_ND, served_NK, arrived.ticket)
-    return y_TD, served_TK, (arrived.fill, *fills), unsent + arrived.unsent
+def _return(exchange: Exchange, y_ND, served_NK, fills, unsent, way):
+    """Back through the last wire of the way: fields of a `Delivery` there."""
+    *way, arrived = way
+    y_TD, served_TK = exchange.combine(y_ND, served_NK, arrived.ticket)
+    return y_TD, served_TK, (arrived.fill, *fills), unsent + arrived.unsent, way

@@ -1,4 +1,6 @@
-"""Pieces that go in turn stay what they were; what waits for what stands in the program for GPUs, not for CPUs."""
+"""Chunks that go as through a pipeline stay what they were; what waits for what stands in the program for GPUs only."""
+
+import re
 
 import jax
 import jax.numpy as jnp
@@ -7,14 +9,16 @@ import pytest
 
 from custom_ops.target import Target
 from moejax import overlap
-from moejax.overlap import in_turn
+from moejax.overlap import pipeline
 
 
-def travel(pieces, ahead):
-    """A sum that is linear in no piece, each with a number beside it that must stay its own."""
-    results = in_turn(lambda x, n: (jnp.sin(x) * n, n + 1), [(x, n) for n, x in enumerate(pieces)], ahead)
-    assert [beside for _, beside in results] == [n + 1 for n in range(len(pieces))]
-    return sum(jnp.sum(y**2) for y, _ in results)
+def travel(chunks, wires):
+    """Through so many wires, a computation, and back; beside each chunk a number that must stay its own."""
+    move = lambda x, n: (jnp.sin(x), n)  # noqa: E731
+    stages = [*wires * [move], lambda x, n: (x**2, n), *wires * [move]]
+    results = pipeline(stages, [(x, n) for n, x in enumerate(chunks)])
+    assert [beside for _, beside in results] == list(range(len(chunks)))
+    return sum(jnp.sum((n + 1) * y) for y, n in results)
 
 
 @pytest.fixture
@@ -22,26 +26,36 @@ def for_gpus(monkeypatch):
     monkeypatch.setattr(overlap, "target", lambda: Target("gpu", "NVIDIA H200"))
 
 
-def barriers(pieces, ahead, function=travel):
-    return str(jax.make_jaxpr(lambda pieces: function(pieces, ahead))(pieces)).count("optimization_barrier")
+def barriers(function, *wires):
+    """How many arrays each barrier joins, in the order of the program."""
+    program = jax.jit(lambda chunks: function(chunks, *wires)).lower(CHUNKS).as_text()
+    return [len(arrays.split(",")) for arrays in re.findall(r"optimization_barrier ([^:]*):", program)]
 
 
-PIECES = [jnp.linspace(0.1, 1.0, 6).reshape(2, 3) * (n + 1) for n in range(4)]
+CHUNKS = [jnp.linspace(0.1, 1.0, 6).reshape(2, 3) * (n + 1) for n in range(4)]
 
 
-@pytest.mark.parametrize(("ahead", "ties"), [(0, 0), (1, 3), (2, 2), (4, 0)])
-def test_waits_for_the_one_that_many_before(for_gpus, ahead, ties):
-    assert barriers(PIECES, ahead) == ties
-    # In backward the cotangents wait too, in the opposite order.
-    assert barriers(PIECES, ahead, lambda *args: jax.grad(travel)(*args)) == 2 * ties
+@pytest.mark.parametrize(
+    ("wires", "joined"),
+    [
+        (0, []),
+        # Beside the first chunk's computation the second travels there, then also the first one back, and so on.
+        (1, [2, 3, 3, 2]),
+        (2, [3, 4, 4, 3]),
+    ],
+)
+def test_a_computation_ends_when_all_that_travelled_beside_it_is_there(for_gpus, wires, joined):
+    assert barriers(travel, wires) == joined
+    # In backward the same in the opposite order.
+    assert barriers(jax.grad(travel), wires) == joined + joined[::-1]
 
 
-def test_values_and_gradients_stay(for_gpus):
-    value, gradients = jax.value_and_grad(travel)(PIECES, 1)
-    expected, expected_gradients = jax.value_and_grad(travel)(PIECES, 0)
-    np.testing.assert_array_equal(value, expected)
-    jax.tree.map(np.testing.assert_array_equal, gradients, expected_gradients)
+@pytest.mark.parametrize("wires", [1, 2])
+def test_values_and_gradients_stay(for_gpus, monkeypatch, wires):
+    found = jax.value_and_grad(travel)(CHUNKS, wires)
+    monkeypatch.setattr(overlap, "target", lambda: Target("cpu", "cpu"))
+    jax.tree.map(np.testing.assert_array_equal, found, jax.value_and_grad(travel)(CHUNKS, wires))
 
 
 def test_on_cpu_nothing_is_added():
-    assert barriers(PIECES, 1, lambda *args: jax.value_and_grad(travel)(*args)) == 0
+    assert barriers(jax.grad(travel), 2) == []
