@@ -22,42 +22,48 @@ State = tuple[Any, ...]
 def pipeline(stages: Sequence[Callable[..., State]], chunks: Iterable[State]) -> list[State]:
     """Every chunk through all stages, one tick behind the chunk before; the middle stage computes, the others travel.
 
-    On GPUs what travels in the tick of a computation has arrived before its result sets out; in backward likewise.
+    On GPUs, where a chunk is computed, its result does not set out before all that travels meanwhile has arrived, nor
+    does what is on its way back go on before the result is there. In backward likewise.
     """
     states = list(chunks)
     middle = len(stages) // 2
     for tick in range(len(states) + len(stages) - 1):
-        at = {number: tick - number for number in range(len(states)) if 0 <= tick - number < len(stages)}
-        travelling = [number for number, stage in at.items() if stage != middle]
-        computes = bool(travelling) and middle in at.values() and target().platform != "cpu"
-        if computes:
-            arrays, others = _gradient_after(states[tick - middle][0], [states[n][0] for n in travelling])
-            for number, array in zip([tick - middle, *travelling], [arrays, *others], strict=True):
-                states[number] = (array, *states[number][1:])
-        for number, stage in at.items():
-            states[number] = stages[stage](*states[number])
-        if computes:
-            result, *beside = states[tick - middle]
-            states[tick - middle] = (_after(result, [states[n][0] for n in travelling]), *beside)
+        stage_of = {n: tick - n for n in range(len(states)) if 0 <= tick - n < len(stages)}
+        computed = tick - middle
+        travelling = [n for n in stage_of if n != computed]
+        bound = bool(travelling) and computed in stage_of and target().platform != "cpu"
+        if bound:
+            going = [n for n in travelling if stage_of[n] < middle]
+            arrays = _backward_bound(states[computed][0], {n: states[n][0] for n in travelling}, going)
+            for n, array in {computed: arrays[0], **arrays[1]}.items():
+                states[n] = (array, *states[n][1:])
+        for n, stage in stage_of.items():
+            states[n] = stages[stage](*states[n])
+        if bound:
+            coming = [n for n in travelling if stage_of[n] > middle]
+            arrays = _bound(states[computed][0], {n: states[n][0] for n in travelling}, coming)
+            for n, array in {computed: arrays[0], **arrays[1]}.items():
+                states[n] = (array, *states[n][1:])
     return states
 
 
-@jax.custom_vjp
-def _after(array: jax.Array, others: list[jax.Array]) -> jax.Array:
-    """The same array, but not there before the others, which are needed elsewhere too; no gradient flows to them."""
-    return jax.lax.optimization_barrier((array, *others))[0]
+def _tie(result, travelled, homeward):
+    """The result after all that travelled, and of that what is homeward after the result."""
+    after = lambda array, others: jax.lax.optimization_barrier((array, *others))[0]  # noqa: E731
+    return after(result, travelled.values()), {
+        n: after(array, [result]) if n in homeward else array for n, array in travelled.items()
+    }
 
 
-_after.defvjp(lambda array, others: (_after(array, others), None), lambda _, cotangent: (cotangent, None))
+def _bound(result, travelled, homeward):
+    """In the forward program alone: the same arrays, tied."""
+    tied = jax.custom_vjp(lambda result, travelled: _tie(result, travelled, homeward))
+    tied.defvjp(lambda *arrays: (_tie(*arrays, homeward), None), lambda _, cotangents: cotangents)
+    return tied(result, travelled)
 
 
-@jax.custom_vjp
-def _gradient_after(array: jax.Array, others: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
-    """All as they are, but the cotangent of the array is not there before those of the others."""
-    return array, others
-
-
-_gradient_after.defvjp(
-    lambda array, others: ((array, others), None),
-    lambda _, cotangents: (_after(cotangents[0], cotangents[1]), cotangents[1]),
-)
+def _backward_bound(result, travelled, homeward):
+    """In the backward program alone: the same cotangents, tied."""
+    same = jax.custom_vjp(lambda result, travelled: (result, travelled))
+    same.defvjp(lambda *arrays: (arrays, None), lambda _, cotangents: _tie(*cotangents, homeward))
+    return same(result, travelled)
