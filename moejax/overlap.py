@@ -47,7 +47,11 @@ def pipeline(stages: Sequence[Callable[..., State]], chunks: Iterable[State]) ->
     return states
 
 
-def _tie(result, travelled, homeward):
+# The arrays that travel while one is computed, by the numbers of their chunks.
+Travelled = dict[int, jax.Array]
+
+
+def _tie(result: jax.Array, travelled: Travelled, homeward: list[int]) -> tuple[jax.Array, Travelled]:
     """The result after all that travelled, and of that what is homeward after the rest."""
     after = lambda array, others: jax.lax.optimization_barrier((array, *others))[0]  # noqa: E731
     ahead = [array for n, array in travelled.items() if n not in homeward]
@@ -56,15 +60,22 @@ def _tie(result, travelled, homeward):
     }
 
 
-def _bound(result, travelled, homeward):
+def _bound(result: jax.Array, travelled: Travelled, homeward: list[int]) -> tuple[jax.Array, Travelled]:
     """In the forward program alone: the same arrays, tied."""
     tied = jax.custom_vjp(lambda result, travelled: _tie(result, travelled, homeward))
-    tied.defvjp(lambda *arrays: (_tie(*arrays, homeward), None), lambda _, cotangents: cotangents)
+    tied.defvjp(
+        lambda result, travelled: (_tie(result, travelled, homeward), None), lambda _, cotangents: cotangents
+    )
     return tied(result, travelled)
 
 
-def _backward_bound(result, travelled, homeward):
-    """In the backward program alone: the same cotangents, tied."""
+def _backward_bound(
+    result: jax.Array, travelled: Travelled, homeward: list[int]
+) -> tuple[jax.Array, Travelled]:
+    """In the backward program alone: their cotangents, tied."""
     same = jax.custom_vjp(lambda result, travelled: (result, travelled))
-    same.defvjp(lambda *arrays: (arrays, None), lambda _, cotangents: _tie(*cotangents, homeward))
+    same.defvjp(
+        lambda result, travelled: ((result, travelled), None),
+        lambda _, cotangents: _tie(cotangents[0], cotangents[1], homeward),
+    )
     return same(result, travelled)
