@@ -23,7 +23,7 @@ def pipeline(stages: Sequence[Callable[..., State]], chunks: Iterable[State]) ->
     """Every chunk through all stages, one tick behind the chunk before; the middle stage computes, the others travel.
 
     On GPUs, where a chunk is computed, its result does not set out before all that travels meanwhile has arrived, nor
-    does what is on its way back go on before what is on its way there has arrived. In backward likewise.
+    does what is on its way back go on before the result is there. In backward likewise.
     """
     states = list(chunks)
     middle = len(stages) // 2
@@ -52,11 +52,10 @@ Travelled = dict[int, jax.Array]
 
 
 def _tie(result: jax.Array, travelled: Travelled, homeward: list[int]) -> tuple[jax.Array, Travelled]:
-    """The result after all that travelled, and of that what is homeward after the rest."""
+    """The result after all that travelled, and of that what is homeward after the result."""
     after = lambda array, others: jax.lax.optimization_barrier((array, *others))[0]  # noqa: E731
-    ahead = [array for n, array in travelled.items() if n not in homeward]
     return after(result, travelled.values()), {
-        n: after(array, ahead) if n in homeward and ahead else array for n, array in travelled.items()
+        n: after(array, [result]) if n in homeward else array for n, array in travelled.items()
     }
 
 

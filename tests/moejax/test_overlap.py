@@ -40,9 +40,9 @@ CHUNKS = [jnp.linspace(0.1, 1.0, 6).reshape(2, 3) * (n + 1) for n in range(4)]
     [
         (0, []),
         # Beside the first chunk's computation the second travels there, then also the first one back, and so on; each
-        # chunk on its way back waits for those on their way there.
-        (1, [2, 3, 2, 3, 2, 2]),
-        (2, [3, 4, 3, 4, 2, 2, 3]),
+        # chunk on its way back waits for the computation.
+        (1, [2, 3, 2, 3, 2, 2, 2]),
+        (2, [3, 4, 2, 4, 2, 2, 3, 2, 2]),
     ],
 )
 def test_a_computation_ends_when_all_that_travelled_beside_it_is_there(for_gpus, wires, joined):
