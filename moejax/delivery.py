@@ -234,10 +234,9 @@ def _one_pass(levels: Levels, experts: ExpertsFn, chunks: int) -> Pass:
     def run(x_TD, weights_TK, ids_TK):
         T = x_TD.shape[0]
         size = -(-T // chunks)
-        parts = []
-        for begin in range(0, max(T, 1), max(size, 1)):
-            x_CD, weights_CK, ids_CK = (a[begin : begin + size] for a in (x_TD, weights_TK, ids_TK))
-            parts.append(dispatch(x_CD, ids_CK, weights_CK, levels=levels, experts=experts))
+        begins = range(0, max(T, 1), max(size, 1))
+        cut = [tuple(a[begin : begin + size] for a in (x_TD, ids_TK, weights_TK)) for begin in begins]
+        parts = dispatch(cut, levels=levels, experts=experts)
         y_TD, served_TK = (jnp.concatenate(part) for part in list(zip(*parts, strict=True))[:2])
         fills = [sum(level) / len(parts) for level in zip(*(part.fills for part in parts), strict=True)]
         return y_TD, served_TK, (fills, sum(part.unsent for part in parts))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from custom_ops import make_plan, permute, unpermute
-from moejax.kept import account, received
+from moejax.kept import account
 from moejax.wire import pack_choices, send, send_back, unpack_choices
 
 
@@ -72,7 +72,7 @@ class AllToAll:
         # Floor division keeps -1 ("none") at -1.
         plan = make_plan(ids_TK // self.experts_below, size, self.rows, unique=True)
         message = self._swap(permute(pack_choices(ids_TK, weights_TK), plan))
-        rows_ND = received(send(permute(x_TD, plan), self._swap, self.wire))
+        rows_ND = send(permute(x_TD, plan), self._swap, self.wire)
         first = jax.lax.axis_index(self.axis) * self.experts_below
         fill = jnp.sum(plan.group_sizes_P).astype(jnp.float32) / (size * self.rows)
         unsent = jnp.sum((ids_TK >= 0) & ~plan.served_TK, dtype=jnp.int32)
@@ -106,7 +106,7 @@ class AllGather:
     def dispatch(self, x_TD, ids_TK, weights_TK):
         """As `Exchange.dispatch`; N = P * T."""
         message = self._gather(pack_choices(ids_TK, weights_TK))
-        rows_ND = received(send(x_TD, self._gather, self.wire))
+        rows_ND = send(x_TD, self._gather, self.wire)
         first = jax.lax.axis_index(self.axis) * self.experts_below
         ids_NK, weights_NK = account(unpack_choices(message, first, self.experts_below))
         fill = jnp.mean(jnp.any(ids_NK >= 0, axis=1), dtype=jnp.float32)

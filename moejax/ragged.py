@@ -17,7 +17,7 @@ from jax.tree_util import Partial
 from custom_ops import make_plan, permute, unpermute
 from custom_ops.varying import vary_like
 from moejax.exchange import Arrived
-from moejax.kept import account, received
+from moejax.kept import account
 from moejax.wire import pack_choices, send, send_back, unpack_choices
 
 
@@ -61,7 +61,7 @@ class Ragged:
         ticket = (plan, there, back)
         go = self._move(there, back, self.rows)
         message = go(permute(pack_choices(ids_TK, weights_TK), plan))
-        rows_ND = received(send(permute(x_TD, plan), go, self.wire))
+        rows_ND = send(permute(x_TD, plan), go, self.wire)
         first = jax.lax.axis_index(self.axis) * self.experts_below
         fill = jnp.sum(there.received_P).astype(jnp.float32) / self.rows
         # What finds no room is refused by the receiver.

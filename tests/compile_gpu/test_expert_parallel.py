@@ -54,18 +54,18 @@ def test_eight_gpus_compute_while_rows_travel(depth):
     exchanges = [exchange for exchange in exchanges if exchange.shape == f"bf16[{rows},{D}]"]
     assert len(exchanges) == 16
     assert sum(exchange.products > 0 for exchange in exchanges) >= 11
-    assert all(exchange.work for exchange in exchanges)
+    assert sum(exchange.work > 0 for exchange in exchanges) >= 14
 
 
 def test_64_gpus_compute_while_rows_travel():
-    """On two levels, half of the exchanges under products."""
+    """On two levels; a hop of the last chunk on its way back, forward and backward, has nothing left beside it."""
     compiled = layer(8)
     exchanges = [
         e for rows in received_rows(8) for e in compiled.exchanges(rows) if e.shape.endswith(f",{D}]")
     ]
     assert len(exchanges) == 32
-    assert sum(exchange.products > 0 for exchange in exchanges) >= 16
-    assert all(exchange.work for exchange in exchanges)
+    assert sum(exchange.products > 0 for exchange in exchanges) >= 20
+    assert sum(exchange.work > 0 for exchange in exchanges) >= 30
 
 
 @pytest.mark.parametrize("nodes", [1, 8])
