@@ -71,6 +71,7 @@ def main() -> None:
         exchange_row("one layer, 1 x 8", nodes=1),
         exchange_row("4 layers in a scan, 1 x 8", nodes=1, depth=4),
         exchange_row("one layer, 8 x 8", nodes=8),
+        exchange_row("4 layers in a scan, 8 x 8", nodes=8, depth=4),
     ]
     exchanges = environment.table(header, rows)
     memory = environment.table(
