@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -30,7 +31,7 @@ _MOST_ON_CPU = 2**28
 
 
 def measure_rates(mesh: Mesh, axis: str, dtype: jax.typing.DTypeLike = jnp.float32) -> Rates:
-    """Time an all-to-all along the axis, and a copy and a product on one device; all processes must call.
+    """Time an all-to-all along the axis, a copy and a product, on all devices at once; all processes must call.
 
     Args:
       axis: of at least two devices.
@@ -42,34 +43,36 @@ def measure_rates(mesh: Mesh, axis: str, dtype: jax.typing.DTypeLike = jnp.float
     platform = "gpu" if mesh.devices.flat[0].platform == "gpu" else "cpu"
     devices, everywhere = mesh.shape[axis], P(mesh.axis_names)
 
+    def time_on_all(call: Callable[[jax.Array], jax.Array], size: int, dtype=jnp.float32) -> float:
+        """Seconds of a call on all devices at once, as in a step: CPU devices share cores and memory."""
+        # Each device has its part before the clock starts: or every call would first spread them from one device.
+        numbers = mesh.size * size // jnp.dtype(dtype).itemsize
+        sharding = NamedSharding(mesh, everywhere)
+        ones = jax.jit(lambda: jnp.ones(numbers, dtype), out_shardings=sharding)()
+        mapped = jax.jit(jax.shard_map(call, mesh=mesh, in_specs=everywhere, out_specs=everywhere))
+        return _seconds(processes.compile_together(mapped, ones), ones)
+
     def swap(x: jax.Array) -> jax.Array:
         return jax.lax.all_to_all(x.reshape(devices, -1), axis, 0, 0, tiled=True).reshape(-1)
 
-    mapped = jax.jit(jax.shard_map(swap, mesh=mesh, in_specs=everywhere, out_specs=everywhere))
-
-    def exchange(size: int) -> float:
-        # Each device has its part before the clock starts: or every call would first spread them from one device.
-        ones = jax.jit(
-            lambda: jnp.ones(mesh.size * size // 4, jnp.float32),
-            out_shardings=NamedSharding(mesh, everywhere),
-        )()
-        return _seconds(processes.compile_together(mapped, ones), ones)
+    def multiply(x: jax.Array) -> jax.Array:
+        square = x.reshape(math.isqrt(x.size), -1)
+        return (square @ square).reshape(-1)
 
     most = _MOST_ON_CPU // mesh.size if platform == "cpu" else _BYTES[platform][1]
     small, large = (min(size, most) // (4 * devices) * 4 * devices for size in _BYTES[platform])
-    fixed, full = exchange(small), exchange(large)
-    sent = (devices - 1) / devices
-    bandwidth = sent * (large - small) / max(full - fixed, 1e-9)
-
-    copy = jax.jit(lambda x: x + 1)
-    copies = [_seconds(copy, jnp.ones(size // 4, jnp.float32)) for size in _BYTES[platform]]
-    moved = 2 * (_BYTES[platform][1] - _BYTES[platform][0])
-    product = jax.jit(lambda x: x @ x)
-    products = [_seconds(product, jnp.ones((width, width), dtype)) for width in _WIDTHS[platform]]
+    fixed, full = time_on_all(swap, small), time_on_all(swap, large)
+    sent = (devices - 1) / devices * (large - small)
+    copies = [time_on_all(lambda x: x + 1, size) for size in (small, large)]
+    itemsize = jnp.dtype(dtype).itemsize
+    products = [time_on_all(multiply, itemsize * width**2, dtype) for width in _WIDTHS[platform]]
     flops = 2 * (_WIDTHS[platform][1] ** 3 - _WIDTHS[platform][0] ** 3)
 
-    link = Link(bandwidth, fixed / (devices - 1), moved / max(copies[1] - copies[0], 1e-9))
-    return _of_first(Rates(link, flops / max(products[1] - products[0], 1e-9)))
+    # A small copy is nothing but the call of a program, which an exchange within a step does not pay.
+    latency = max(fixed - copies[0], 0.0) / (devices - 1)
+    rate = lambda amount, times: amount / max(times[1] - times[0], 1e-9)  # noqa: E731
+    link = Link(rate(sent, (fixed, full)), latency, rate(2 * (large - small), copies))
+    return _of_first(Rates(link, rate(flops, products)))
 
 
 def describe(link: Link) -> str:
