@@ -4,8 +4,8 @@
 
 Every row is a run of its own, as a user starts it: same seed, data (the embedded corpus) and config; warm-up of 50
 steps and the balance loss over the global batch. The reference is one device; every loss of every run must agree with
-its. Without `--all` only the rows marked *, and nothing is written. In a `--folder` the runs are kept, and those that
-it has are not run again.
+its. Without `--all` only the rows marked *, and nothing is written. In a `--folder` the runs are kept by a hash of
+their options, and those that it has are not run again.
 
 Batches are small, 1,024 choices of an expert in a layer and step: where two scores of a router differ by less than
 rounding does, another order of summation takes the other expert, and from there on two runs train on different choices.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import pathlib
 import subprocess
 import sys
@@ -64,6 +65,10 @@ class Run:
         moe = {f"model.moe.{name}": value for name, value in self.moe.items()}
         options = OPTIONS | mesh | moe | {"mesh.fsdp": self.fsdp}
         return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+    def folder(self) -> str:
+        """Where it is kept."""
+        return hashlib.sha256(" ".join(self.words()).encode()).hexdigest()[:12]
 
 
 ONE = Run({}, short=True)
@@ -121,13 +126,13 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="every row, and write results/layouts.md")
     parser.add_argument("--folder", type=pathlib.Path, help="keep the runs here")
     args = parser.parse_args()
-    runs = {0: ONE} | {number: run for number, run in enumerate(RUNS, 1) if args.all or run.short}
+    runs = [ONE, *(run for run in RUNS if args.all or run.short)]
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(AT_ONCE) as pool:
         folder = args.folder or pathlib.Path(scratch)
-        results = list(pool.map(train, runs.values(), [folder / str(number) for number in runs]))
+        results = list(pool.map(train, runs, [folder / run.folder() for run in runs]))
     rows: list[list[object]] = []
     wrong = []
-    for run, result in zip(runs.values(), results, strict=True):
+    for run, result in zip(runs, results, strict=True):
         worst = result.compare(results[0])
         mesh = ", ".join(f"{axis} {size}" for axis, size in run.mesh.items()) or "one device"
         moe = run.moe | ({"fsdp": "on"} if run.fsdp else {})

@@ -26,10 +26,10 @@ ALIGNMENT = 128
 _TILES: dict[str, Any] = {"block_m": 128, "block_n": 128, "block_k": 64, "max_concurrent_steps": 4}
 # Tiles of columns that follow each other before the next tile of rows: their rows stay in the cache.
 _COLUMNS_TOGETHER = 8
-# What XLA's scheduler takes a product of rows to last, in ns. By itself it counts 10 us for any kernel, and so never
-# finds enough to hide an exchange between nodes under (2.6 ms by its estimate, at 100 MB), which delays others. With
-# this, the two products of one chunk are about enough.
-_SCHEDULED_NS = 1_200_000
+# FLOP/s at which XLA's scheduler is told that products of rows run, a little below what grouped products reach on an
+# H100 or H200. By itself it counts 10 us for any kernel, and so never finds enough to hide an exchange between nodes
+# under, which delays others.
+_SCHEDULED_FLOPS = 2e14
 # The kernels' search for a tile's group is unrolled, for every tile.
 MAX_GROUPS = 256
 
@@ -50,7 +50,8 @@ def _rowwise(lhs, w_EDF, sizes_E, dtype, *, transpose: bool) -> jax.Array:
     E, D, F = w_EDF.shape
     _require_fit(lhs.dtype, D, F, E, dtype)
     sizes_E = jnp.diff(group_bounds(sizes_E, lhs.shape[0]))
-    with set_xla_metadata(latency_metadata=str(_SCHEDULED_NS)):
+    nanoseconds = round(1e9 * 2 * lhs.shape[0] * D * F / _SCHEDULED_FLOPS)
+    with set_xla_metadata(latency_metadata=str(nanoseconds)):
         out = ragged_dot(
             lhs,
             w_EDF,

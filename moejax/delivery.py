@@ -229,7 +229,7 @@ def _check_axes(axes: Sequence[str], token_axes: Sequence[str]) -> None:
 
 
 def _one_pass(levels: Levels, experts: ExpertsFn, chunks: int) -> Pass:
-    """All tokens once through all levels, chunk by chunk; padding chooses nothing."""
+    """All tokens once through all levels, in chunks of one size but the last, which may be smaller."""
 
     def run(x_TD, weights_TK, ids_TK):
         T = x_TD.shape[0]

@@ -1,6 +1,8 @@
-"""Dispatch as a recursion: the same step once per level, the experts at the innermost one.
+"""Dispatch: the same step once per level on the way there, the experts, and the levels again on the way back.
 
-    plan -> permute -> [exchange] -> inner level -> [exchange back] -> unpermute
+    plan -> permute -> [exchange] -> the levels below -> [exchange back] -> unpermute
+
+The recursion is written as stages, so that chunks can follow each other through them (`moejax.overlap`).
 
 Shapes: T tokens on this device, D model width, K experts per token, N rows received.
 """

@@ -6,7 +6,6 @@ them, B rows of a bucket.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -49,10 +48,6 @@ class Levels:
     expert_rows: int | None = None
     can_overflow: bool = False
     estimates: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-
-    def below(self) -> Levels:
-        """What lies below the outermost wire level."""
-        return dataclasses.replace(self, exchanges=self.exchanges[1:])
 
 
 def default_factor() -> float:

@@ -9,6 +9,7 @@ gone before; `moejax.order` keeps collectives apart).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,6 +25,9 @@ def pipeline(stages: Sequence[Callable[..., State]], chunks: Iterable[State]) ->
 
     On GPUs, where a chunk is computed, its result does not set out before all that travels meanwhile has arrived, nor
     does what is on its way back go on before the result is there. In backward likewise.
+
+    Args:
+      stages: as many wires there, the computation, as many wires back.
     """
     states = list(chunks)
     middle = len(stages) // 2
@@ -32,49 +36,59 @@ def pipeline(stages: Sequence[Callable[..., State]], chunks: Iterable[State]) ->
         computed = tick - middle
         travelling = [n for n in stage_of if n != computed]
         bound = bool(travelling) and computed in stage_of and target().platform != "cpu"
-        if bound:
-            going = [n for n in travelling if stage_of[n] < middle]
-            arrays = _backward_bound(states[computed][0], {n: states[n][0] for n in travelling}, going)
-            for n, array in {computed: arrays[0], **arrays[1]}.items():
-                states[n] = (array, *states[n][1:])
+        if bound:  # what sets out here comes home in backward
+            homeward = [n for n in travelling if stage_of[n] < middle]
+            _tie_arrays(_tied_in_backward, states, computed, travelling, homeward)
         for n, stage in stage_of.items():
             states[n] = stages[stage](*states[n])
         if bound:
-            coming = [n for n in travelling if stage_of[n] > middle]
-            arrays = _bound(states[computed][0], {n: states[n][0] for n in travelling}, coming)
-            for n, array in {computed: arrays[0], **arrays[1]}.items():
-                states[n] = (array, *states[n][1:])
+            homeward = [n for n in travelling if stage_of[n] > middle]
+            _tie_arrays(_tied_in_forward, states, computed, travelling, homeward)
     return states
 
 
-# The arrays that travel while one is computed, by the numbers of their chunks.
-Travelled = dict[int, jax.Array]
+# The array of the chunk that is computed, and those that travel meanwhile, by the numbers of their chunks.
+Arrays = tuple[jax.Array, dict[int, jax.Array]]
 
 
-def _tie(result: jax.Array, travelled: Travelled, homeward: list[int]) -> tuple[jax.Array, Travelled]:
+def _tie_arrays(
+    tied: Callable[[Arrays, tuple[int, ...]], Arrays],
+    states: list[State],
+    computed: int,
+    travelling: Sequence[int],
+    homeward: Sequence[int],
+) -> None:
+    """Put the tied arrays in the place of the first of each state."""
+    arrays = states[computed][0], {n: states[n][0] for n in travelling}
+    result, travelled = tied(arrays, tuple(homeward))
+    for n, array in {computed: result, **travelled}.items():
+        states[n] = (array, *states[n][1:])
+
+
+def _tie(arrays: Arrays, homeward: tuple[int, ...]) -> Arrays:
     """The result after all that travelled, and of that what is homeward after the result."""
+    result, travelled = arrays
     after = lambda array, others: jax.lax.optimization_barrier((array, *others))[0]  # noqa: E731
     return after(result, travelled.values()), {
         n: after(array, [result]) if n in homeward else array for n, array in travelled.items()
     }
 
 
-def _bound(result: jax.Array, travelled: Travelled, homeward: list[int]) -> tuple[jax.Array, Travelled]:
-    """In the forward program alone: the same arrays, tied."""
-    tied = jax.custom_vjp(lambda result, travelled: _tie(result, travelled, homeward))
-    tied.defvjp(
-        lambda result, travelled: (_tie(result, travelled, homeward), None), lambda _, cotangents: cotangents
-    )
-    return tied(result, travelled)
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _tied_in_forward(arrays: Arrays, homeward: tuple[int, ...]) -> Arrays:
+    return _tie(arrays, homeward)
 
 
-def _backward_bound(
-    result: jax.Array, travelled: Travelled, homeward: list[int]
-) -> tuple[jax.Array, Travelled]:
-    """In the backward program alone: their cotangents, tied."""
-    same = jax.custom_vjp(lambda result, travelled: (result, travelled))
-    same.defvjp(
-        lambda result, travelled: ((result, travelled), None),
-        lambda _, cotangents: _tie(cotangents[0], cotangents[1], homeward),
-    )
-    return same(result, travelled)
+_tied_in_forward.defvjp(
+    lambda arrays, homeward: (_tie(arrays, homeward), None), lambda homeward, _, cotangents: (cotangents,)
+)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _tied_in_backward(arrays: Arrays, homeward: tuple[int, ...]) -> Arrays:
+    return arrays
+
+
+_tied_in_backward.defvjp(
+    lambda arrays, homeward: (arrays, None), lambda homeward, _, cotangents: (_tie(cotangents, homeward),)
+)

@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "model.moe.exchange",
     "model.moe.chunks",
     "model.moe.received",
+    "model.moe.shadow",
 )
 
 

@@ -57,9 +57,10 @@ def test_eight_gpus_compute_while_rows_travel(depth):
     assert sum(exchange.work > 0 for exchange in exchanges) >= 14
 
 
-def test_64_gpus_compute_while_rows_travel():
+@pytest.mark.parametrize("depth", [None, 4])
+def test_64_gpus_compute_while_rows_travel(depth):
     """On two levels; a hop of the last chunk on its way back, forward and backward, has nothing left beside it."""
-    compiled = layer(8)
+    compiled = layer(8) if depth is None else program(64, nodes=8, depth=depth, chunks=CHUNKS)
     exchanges = [
         e for rows in received_rows(8) for e in compiled.exchanges(rows) if e.shape.endswith(f",{D}]")
     ]
@@ -115,24 +116,48 @@ def test_no_dense_fallback(nodes):
 
 
 # What a layer of a scan keeps, in bytes: its input and the pre-activations; the router's logits, in f32; of rows that
-# were received themselves, and the ids and weights beside them. docs/dispatch.md explains it.
-def kept_bytes(count: int, received: str) -> int:
+# were received themselves, and the ids and weights beside them; of shadows the copies, in f32, and the pre-activations
+# of their rows. docs/dispatch.md explains it.
+def kept_bytes(count: int, received: str, shadow: int = 0) -> int:
     layer_input, logits = 2 * T * D, 4 * T * E
     if count == 1:
         return layer_input + logits + 4 * T * K * F
     rows = 8 * bucket(CAPACITY_FACTOR, T, E // 8)
     rows_kept = 2 * rows * D if received == "keep" else 0
-    return layer_input + logits + rows_kept + 8 * rows * K + round(4 * CAPACITY_FACTOR * T * K * F)
+    shadows = 4 * shadow * 3 * D * F + 4 * T * min(shadow, K) * F
+    pre_activations = round(4 * CAPACITY_FACTOR * T * K * F)
+    return layer_input + logits + rows_kept + 8 * rows * K + pre_activations + shadows
 
 
-@pytest.mark.parametrize(("count", "received"), [(1, "keep"), (8, "keep"), (8, "resend")])
-def test_memory_per_layer(count, received):
+@pytest.mark.parametrize(
+    ("count", "options"),
+    [
+        (1, dict(received="keep")),
+        (8, dict(received="keep")),
+        (8, dict(received="resend")),
+        (8, dict(received="keep", shadow=8)),
+    ],
+    ids=str,
+)
+def test_memory_per_layer(count, options):
     # From 2 layers to 8: between neighbouring depths what stands beside at the peak jumps by a few per cent of a layer.
-    at = {depth: program(count, depth=depth, received=received).temporary_bytes for depth in (2, 8)}
+    at = {depth: program(count, depth=depth, **options).temporary_bytes for depth in (2, 8)}
     slope = (at[8] - at[2]) / 6
-    assert slope == pytest.approx(kept_bytes(count, received), rel=0.02)
+    assert slope == pytest.approx(kept_bytes(count, **options), rel=0.02)
     if count == 1:
         assert slope <= 1.05 * (2 * T * D + 4 * T * K * F)
+
+
+@pytest.mark.parametrize("exchange", ["all_gather", "ragged"])
+def test_the_other_exchanges_compile_for_gpus(exchange):
+    """Rows go there and back, forward and backward, by the exchange's own collectives; nothing else carries rows."""
+    compiled = program(8, exchange=exchange)
+    moved = {name.split()[0] for name in compiled.collectives(at_least=2**24)}
+    assert (
+        moved == {"all_gather": {"all-gather", "reduce-scatter"}, "ragged": {"ragged-all-to-all"}}[exchange]
+    )
+    assert compiled.loops_with_collectives == 2
+    assert compiled.dot_flops == [ROUTER_FLOPS] * len(compiled.dot_flops), "no dense fallback"
 
 
 def test_rows_are_sent_again_or_not():
