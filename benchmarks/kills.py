@@ -6,8 +6,8 @@ With a FOLDER the kills already done there count: 10, then 20, then 50 do in thr
 ends with a run that has come to its last step. What has happened in all of them is written to results/kills.md.
 
 One run in two processes, killed again and again with SIGKILL: one process or all, at a random moment or in the midst of
-a checkpoint, and now and then with the newest checkpoint truncated or one of its bits flipped. Every time the same
-command must go on from the newest complete and undamaged checkpoint, and every line of `metrics.jsonl` must be that of
+a checkpoint, and after every third kill with the newest checkpoint truncated or one of its bits flipped. Every time the
+same command must go on from the newest complete and undamaged checkpoint, and every line of `metrics.jsonl` must be that of
 an undisturbed run, to the last bit.
 
 Every second start is with `checkpoint.wait`: a kill may then cost the interval, not one step more. Of the others it may
@@ -35,6 +35,7 @@ from benchmarks.environment import save, table
 
 STEPS, INTERVAL = 240, 5
 BEGUN = re.compile(r"(?:going on after step|already finished: all) (\d+)")
+HARMS = ("truncated", "flipped")
 MODES = {True: "with checkpoint.wait", False: "without"}
 MEASUREMENTS = ("tokens_per_second", "step_seconds", "mfu", "memory_bytes")
 RUN = {
@@ -49,7 +50,8 @@ RUN = {
     "mesh.expert": 2,
     "checkpoint.every": INTERVAL,
     "checkpoint.keep_last": 3,
-    "eval.every": 0,
+    "eval.every": 2 * INTERVAL,
+    "eval.max_batches": 4,
     "log.every": 1,
     "log.tensorboard": "False",
 }
@@ -67,7 +69,7 @@ def main(
         )
         finish(command(place, "undisturbed", steps))
         expected = lines(place / "undisturbed")
-        assert len(expected) >= steps
+        assert last_step(expected) == steps
         done = place / "kills.json"
         count = collections.Counter(json.loads(done.read_text()) if done.exists() else {})
         draw = random.Random(seed + count["kills"])
@@ -118,7 +120,7 @@ class Victim:
         assert begun_at == self.sound, f"went on from {begun_at}, not {self.sound}"
         moment = self.draw.choice(["start", "step", "step", "write", "write"])
         if moment != "start":  # programs are compiled first
-            wait(process, lambda: len(lines(self.workdir)) > begun_at)
+            wait(process, lambda: last_step(lines(self.workdir)) > begun_at)
         if moment == "write":
             wait(process, self.pending)
             time.sleep(self.draw.uniform(0, 0.3))
@@ -133,23 +135,23 @@ class Victim:
             shutil.rmtree(self.workdir)
             self.sound = 0
             self.damaged.clear()
-            return f"on from {begun_at}, done at {len(now)}"
+            return f"on from {begun_at}, done at {last_step(now)}"
         self.count["kills"] += 1
         complete = self.complete()
         self.sound = max(complete, default=0)
-        made = json.loads(now[-1])["step"] if now else 0
+        made = last_step(now)
         lost = made - self.sound
         while_writing = made - min(self.writing - {*complete}, default=made)
         assert lost <= INTERVAL + while_writing, f"{lost} steps lost, {while_writing} of them during a write"
         assert while_writing <= (0 if waits else INTERVAL), f"{while_writing} steps during a write"
         self.count[f"{MODES[waits]}: {lost} steps"] += 1
         self.count["most steps during a write"] = max(self.count["most steps during a write"], while_writing)
-        harm = self.draw.choice(["none", "none", "truncated", "flipped"])
-        if harm != "none" and len(complete) > 1:
+        harm = "none"
+        done = sum(self.count[f"newest checkpoint: {kind}"] for kind in HARMS)
+        if done < self.count["kills"] // 3 and len(complete) > 1:
+            harm = HARMS[done % 2]
             self.damage(complete.pop(), harm)
             self.sound = max(complete)
-        else:
-            harm = "none"
         for what in (f"during: {moment}", f"killed: {who}", f"newest checkpoint: {harm}"):
             self.count[what] += 1
         what = f"{MODES[waits]}, on from {begun_at}, killed {who} at {made} ({moment}), {lost} steps lost"
@@ -223,6 +225,10 @@ def lines(workdir: pathlib.Path) -> list[str]:
     ]
 
 
+def last_step(records: list[str]) -> int:
+    return json.loads(records[-1])["step"] if records else 0
+
+
 def identity(checkpoint: pathlib.Path) -> str:
     """Of this very folder, not of one that takes its place; its files may change."""
     return f"{checkpoint.name} {checkpoint.stat().st_ctime_ns}"
@@ -269,7 +275,7 @@ def page(count: collections.Counter[str]) -> str:
         ],
         [
             "after which the newest checkpoint was truncated, or one of its bits flipped",
-            each("newest checkpoint", "truncated", "flipped"),
+            each("newest checkpoint", *HARMS),
         ],
     ]
     costs = [
