@@ -6,9 +6,9 @@ With a FOLDER the kills already done there count: 10, then 20, then 50 do in thr
 ends with a run that has come to its last step. What has happened in all of them is written to results/kills.md.
 
 One run in two processes, killed again and again with SIGKILL: one process or all, at a random moment or in the midst of
-a checkpoint, and after every third kill with the newest checkpoint truncated or one of its bits flipped. Every time the
-same command must go on from the newest complete and undamaged checkpoint, and every line of `metrics.jsonl` must be that of
-an undisturbed run, to the last bit.
+a checkpoint, and after every third kill with the newest checkpoint truncated or one of its bits flipped. Every time
+the same command must go on from the newest complete and undamaged checkpoint, and every line of `metrics.jsonl` must be
+that of an undisturbed run, to the last bit.
 
 Every second start is with `checkpoint.wait`: a kill may then cost the interval, not one step more. Of the others it may
 cost the steps more that were made while the checkpoint was being written that the kill cut short: as many as an
