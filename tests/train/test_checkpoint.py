@@ -286,6 +286,51 @@ class TestDamage:
             save_all(fresh, 20)
         assert sorted(os.listdir(checkpoints.directory)) == ["10", "20"]
 
+    def test_a_kill_while_one_is_replaced_loses_neither(self, checkpoints, monkeypatch):
+        class Killed(BaseException):
+            pass
+
+        def killed(*_):
+            raise Killed
+
+        save_all(checkpoints, 10)
+        (checkpoints.directory / ".discarded-20").mkdir()
+        with monkeypatch.context() as patch:
+            # `finally` and `except` say nothing of a kill: the sweep that follows an error does not happen either.
+            patch.setattr(checkpoints, "_failure", killed)
+            rename = type(checkpoints.directory).rename
+            patch.setattr(
+                type(checkpoints.directory),
+                "rename",
+                lambda path, to: killed() if path.name.startswith(".pending") else rename(path, to),
+            )
+            checkpoints.save(10, small_state(10), {"position": 10}, {"eval/loss": 2.0})
+            with pytest.raises(Killed):
+                checkpoints.wait()
+        assert sorted(os.listdir(checkpoints.directory)) == [".discarded-20", ".pending-10", ".replaced-10"]
+        with Checkpoints(checkpoints.directory, CheckpointConfig()) as fresh:
+            assert fresh.restore(abstract(small_state(0))) is None, "a reader renames nothing"
+            fresh.recover()
+            assert restored_step(fresh) == 10
+            save_all(fresh, 20)
+        assert sorted(os.listdir(checkpoints.directory)) == ["10", "20"]
+
+    def test_a_replacement_that_fails_leaves_the_one_there_was(self, checkpoints, monkeypatch):
+        save_all(checkpoints, 10)
+        rename = type(checkpoints.directory).rename
+
+        def fail(path, to):
+            if path.name.startswith(".pending"):
+                raise OSError(5, "Input/output error")
+            return rename(path, to)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(checkpoints.directory), "rename", fail)
+            checkpoints.save(10, small_state(10), {"position": 10}, {"eval/loss": 2.0})
+            with pytest.raises(TrainingFailed, match=r"newest checkpoint is that of step 10"):
+                checkpoints.wait()
+        assert restored_step(checkpoints) == 10 and os.listdir(checkpoints.directory) == ["10"]
+
 
 PRELUDE = """
 import sys, jax, jax.numpy as jnp, numpy as np
