@@ -205,7 +205,9 @@ def _restore(
     restored = checkpoints.restore(program.abstract_state, accept=batches.set_state)
     if restored is None:
         if processes.is_first() and _has_content(metrics := checkpoints.directory.parent / METRICS):
-            log.warning("there is no checkpoint: the run begins anew, and the steps in %s are dropped", metrics)
+            log.warning(
+                "there is no checkpoint: the run begins anew, and the steps in %s are dropped", metrics
+            )
         return 0, program.init(), {}
     first, state, _, extra = restored
     steps = program.spec.config.steps
@@ -215,11 +217,11 @@ def _restore(
 
 
 def _require_agreement(config: TrainConfig, corpus: Corpus) -> None:
-    """Config, versions and data must be the same in all processes."""
+    """Versions, config and data must be the same in all processes; the first that differs is the one named."""
     processes.require_agreement(
         {
-            **{name: repr(value) for name, value in flatten(config).items()},
             "versions": processes.versions(),
+            **{name: repr(value) for name, value in flatten(config).items()},
             "data.path": corpus.content_hash,
             "data.tokenizer": corpus.tokenizer_hash,
         }

@@ -12,7 +12,7 @@ import pytest
 from tests import tolerance
 from tests.train import launching, small
 from tests.train.launching import children, is_gone, run, start, wait_for_step
-from train import joining, launch
+from train import joining, launch, processes
 from train.config import MeshConfig
 from train.errors import ConfigError, TrainingFailed
 from train.integrity import find_fault, writer_of
@@ -373,20 +373,50 @@ def test_process_0_says_how_many_others_have_come_and_gives_up_without_the_rest(
     assert output == f"warning: process 1 of 3 waits for the others to come to {address}, up to 60 s\n"
 
 
-def test_processes_with_different_configs_refuse_to_begin(config, tmp_path):
-    from train.launch import _free_port
+# Process 1 is of a release that has a field more or less.
+OTHER_FIELDS = """
+import os
+from train import loop
 
-    place = ("--coordinator", f"127.0.0.1:{_free_port()}", "--processes", 2, "--workdir", tmp_path / "run")
-    words = ("train", config, "--cpu-devices", 2, *place)
-    other = start(*words, "--process-id", 1, "--seed", 7)
-    output = run(*words, "--process-id", 0, code=2)
-    assert other.communicate(timeout=240)[0] and other.returncode == 2
-    assert re.search(
-        r"^error: seed = 0 in process 0: must be the same in every process, but that of process 1",
-        output,
-        re.M,
-    )
+flatten = loop.flatten
+if os.environ["MOEJAX_PROCESS_ID"] == "1":
+    loop.flatten = lambda config: CHANGE
+
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "name", "values"),
+    [
+        (None, ("--seed", 7), "seed", ("0", "7")),
+        ("flatten(config) | {'new': 1}", (), "new", ("(no such field)", "1")),
+        ("{k: v for k, v in flatten(config).items() if k != 'seed'}", (), "seed", ("0", "(no such field)")),
+    ],
+    ids=["value", "field more", "field less"],
+)
+def test_processes_with_different_configs_refuse_to_begin(config, tmp_path, change, options, name, values):
+    if change is not None:
+        config.write_text(OTHER_FIELDS.replace("CHANGE", change) + config.read_text())
+    place = {"MOEJAX_COORDINATOR": f"127.0.0.1:{launch._free_port()}", "MOEJAX_PROCESSES": "2"}
+    words = ("train", config, "--cpu-devices", 2, "--workdir", tmp_path / "run")
+    both = [
+        start(*words, *more, env=place | {"MOEJAX_PROCESS_ID": str(number)})
+        for number, more in enumerate(((), options))
+    ]
+    outputs = [process.communicate(timeout=240)[0] for process in both]
+    assert [process.returncode for process in both] == [2, 2], outputs
+    for number, output in enumerate(outputs):
+        rule = "must be the same in every process, but that of process 1 is not that of process 0"
+        line = f"error: {name} = {values[number]} in process {number}: {rule}"
+        assert line in output.splitlines() and "Traceback" not in output, output
     assert not (tmp_path / "run").exists()
+
+
+def test_versions_are_compared_before_what_follows_from_them():
+    first = {"versions": "1", "old": "a", "seed": "0"}
+    second = {"versions": "2", "seed": "0", "new": "b"}
+    differing = processes._differing([first, second, first])
+    assert list(differing.items()) == [("versions", [1]), ("old", [1]), ("new", [1])]
 
 
 @pytest.fixture(scope="module")
