@@ -156,10 +156,10 @@ class Checkpoints:
 
     def _finish_part(self, step: int, pending: Path, record: str, topic: str) -> None:
         """In the background of the others: hash what this process has written; done when process 0 has committed."""
-        self._checkpointer.wait_until_finished()
         try:
+            self._checkpointer.wait_until_finished()
             lines = hash_lines(pending, jax.process_index())
-        except OSError as error:
+        except Exception as error:
             lines = f"{_FAULT}{error}"
         processes.exchange_texts(lines, f"hashes/{topic}")
         if fault := processes.tell_all("", f"written/{topic}"):
@@ -409,7 +409,7 @@ def _all_hashes(pending: Path, topic: str) -> str:
     texts = processes.exchange_texts(mine, f"hashes/{topic}") or []
     for number, text in enumerate(texts):
         if text.startswith(_FAULT):
-            raise OSError(f"process {number} cannot read what it wrote: {text.removeprefix(_FAULT)}")
+            raise OSError(f"process {number} could not write its part: {text.removeprefix(_FAULT)}")
     return "".join(texts)
 
 

@@ -18,6 +18,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from train import checkpoint, processes
 from train.checkpoint import Checkpoints
 from train.config import CheckpointConfig
 from train.errors import ConfigError, TrainingFailed
@@ -436,6 +437,26 @@ class TestProcesses:
         assert restored_step(checkpoints) == 1
         save_all(checkpoints, 3)
         assert restored_step(checkpoints) == 3
+
+
+def test_a_process_that_cannot_write_its_part_tells_process_0_at_once(checkpoints, monkeypatch, tmp_path):
+    told = []
+
+    def full():
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+
+    monkeypatch.setattr(checkpoints._checkpointer, "wait_until_finished", full)
+    monkeypatch.setattr(processes, "exchange_texts", lambda text, topic: told.append(text))
+    monkeypatch.setattr(processes, "tell_all", lambda text, topic: told[0])
+    with pytest.raises(OSError, match="No space left on device"):
+        checkpoints._finish_part(1, tmp_path, "", "0")
+    assert told == ["fault: RESOURCE_EXHAUSTED: No space left on device"]
+    monkeypatch.undo()
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "exchange_texts", lambda mine, topic: [mine, *told])
+    with pytest.raises(OSError, match="process 1 could not write its part: RESOURCE_EXHAUSTED"):
+        checkpoint._all_hashes(tmp_path, "0")
 
 
 def test_only_losses_over_as_many_tokens_are_compared(tmp_path):
