@@ -18,6 +18,7 @@ from train.errors import ConfigError, TrainingFailed
 from train.integrity import find_fault, writer_of
 from train.lock import lock_run
 from train.place import Place, find_place, gpu_of, open_mpi_place, slurm_place
+from train.reporter import QUEUED
 
 
 @pytest.mark.parametrize(
@@ -499,10 +500,11 @@ def test_a_process_that_does_not_arrive_is_named_and_all_end(config, tmp_path):
     output = process.communicate(timeout=180)[0]
     assert process.returncode == 3, output
     found = re.search(
-        r"step \d+ has not ended after \d+ s: others have begun step (\d+), process 1 is at step (\d+)",
+        r"step (\d+) has not ended after \d+ s: others have begun step (\d+), process 1 is at step (\d+)",
         output,
     )
-    assert found and int(found[2]) < int(found[1]) <= 41, output
+    assert found and int(found[3]) < int(found[2]) <= 41, output
+    assert int(found[3]) - QUEUED < int(found[1]) <= int(found[3]) + 1, output
     assert all(is_gone(pid) for pid in workers)
     stacks = [(tmp_path / "run" / "logs" / f"stacks-{number}.txt").read_text() for number in range(2)]
     assert "in stall" in stacks[1] and "in stall" not in stacks[0]
