@@ -23,11 +23,12 @@ from train.feed import device_batch, process_rows
 from train.layers import moe_layers_of
 from train.model import ModelSpec, make_mesh, product_precision
 from train.observe import ExpertView
+from train.reporter import QUEUED
 from train.step import make_eval_step
 
 log = logging.getLogger("moejax")
 
-# Enough to keep a device busy, few enough that their arrays take no memory worth the name.
+# Results that wait on the device: few enough that they take no memory worth the name.
 IN_FLIGHT = 16
 # Of further ones, what is said of pairs of experts is left where it is: E * E numbers of each layer.
 OBSERVED = 16
@@ -72,7 +73,7 @@ def evaluate(
     experts_of_layers: Sequence[int],
     progress: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
-    """Evaluate batch after batch; at most `IN_FLIGHT` of them are on their way at once.
+    """Evaluate batch after batch; at most `QUEUED` are before the device, and at most `IN_FLIGHT` results wait on it.
 
     Args:
       experts_of_layers: how many experts each MoE layer has.
@@ -87,6 +88,8 @@ def evaluate(
         if number >= OBSERVED:
             sums.pop("together", None)
         pending.append(sums)
+        if len(pending) > QUEUED:
+            jax.block_until_ready(pending[-1 - QUEUED])
         if len(pending) == IN_FLIGHT:
             fetched += jax.device_get(pending)
             pending.clear()

@@ -13,6 +13,7 @@ from train.data import load_corpus, load_tokenizer
 from train.evaluate import IN_FLIGHT, Evaluation, evaluate, evaluate_run, restore_params
 from train.generate import generate_run, sample
 from train.model import ModelSpec
+from train.reporter import QUEUED
 
 
 def test_evaluation_counts_every_token_of_the_split_once(run, capsys):
@@ -27,11 +28,15 @@ def test_evaluation_counts_every_token_of_the_split_once(run, capsys):
 
 
 def test_evaluation_holds_few_batches_at_once(monkeypatch):
-    dispatched, fetched, most = [], [], []
+    dispatched, fetched, most, waited_for = [], [], [], []
     monkeypatch.setattr("train.evaluate.device_batch", lambda batch, mesh: batch)
     monkeypatch.setattr(jax, "device_get", lambda sums: fetched.extend(sums) or sums)
 
+    monkeypatch.setattr(jax, "block_until_ready", lambda sums: waited_for.append(sums["loss"]))
+
     def eval_step(params, batch):
+        newest = batch - 1 - QUEUED  # what must be done before the next one is handed over
+        assert newest < 0 or newest in waited_for or newest in [sums["loss"] for sums in fetched]
         dispatched.append(batch)
         most.append(len(dispatched) - len(fetched))
         return {"loss": float(batch), "tokens": 2}
