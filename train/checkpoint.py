@@ -40,6 +40,8 @@ log = logging.getLogger("moejax")
 
 BEST, EXTENT = "eval/loss", "eval/tokens"
 """The entries of `extra` by which the best checkpoint is chosen: the lowest loss among those over as many tokens."""
+EVALUATED = "eval/tokens_evaluated"
+"""The entry of `extra` that has the tokens of the whole evaluation, of which those above may be the first ones."""
 
 _RECORD = "record.json"
 _saves = (

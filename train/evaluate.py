@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from train.checkpoint import BEST, EXTENT, Checkpoints
+from train.checkpoint import BEST, EVALUATED, EXTENT, Checkpoints
 from train.config import MeshConfig, TrainConfig
 from train.config_io import load_config
 from train.data import load_corpus, load_tokenizer, validation_batches
@@ -59,9 +59,10 @@ class Evaluation:
     def standing(self, batches: int | None) -> dict[str, float]:
         """What a checkpoint is compared by: the evaluations of a run that are over the same first batches.
 
-        The last evaluation is over the whole split, but what it found on those batches compares with the others.
+        The last evaluation is over the whole split, but what it found on those batches compares with the others. Beside
+        it stands over how many tokens the evaluation was in all.
         """
-        return {BEST: self.loss(batches), EXTENT: self.tokens(batches)}
+        return {BEST: self.loss(batches), EXTENT: self.tokens(batches), EVALUATED: self.tokens()}
 
 
 def evaluate(

@@ -103,7 +103,8 @@ def _train(config: TrainConfig, workdir: Path, failure: NotFinite | None) -> Non
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config.checkpoint))
         with held_back() as warnings:
             first, state, extra = _restore(checkpoints, program, batches)
-        owes_evaluation = first > 0 and is_owed(config, first, extra)
+        whole = corpus.validation.num_predictions
+        owes_evaluation = first > 0 and is_owed(config, first, extra, whole)
         # Only now is nothing left that could refuse to go on: a refused resume leaves the run as it was.
         with processes.refusing_together():
             if processes.is_first():
