@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -170,6 +171,24 @@ def test_two_processes_train_like_one(config, tmp_path, undisturbed):
     for expected, actual in zip(one, undisturbed, strict=True):
         for name in {"loss", "aux_loss", "grad_norm", "eval/loss"} & set(expected):
             tolerance.assert_close(actual[name], expected[name], tolerance.F32_MODEL, name)
+
+
+@pytest.mark.slow
+def test_other_numbers_of_processes_go_on_from_a_checkpoint_of_two(config, tmp_path, undisturbed):
+    for count, devices in ((1, 4), (4, 1)):
+        workdir = tmp_path / f"two, then {count}"
+        shutil.copytree(tmp_path / "two", workdir)
+        oldest, *later = sorted((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
+        for path in later:
+            shutil.rmtree(path)
+        output = run(*launching.launched(count, devices, config, workdir, *OPTIONS))
+        assert f"going on after step {oldest.name}" in output and "step 24/24" in output
+        lines = small.read_metrics(workdir)
+        assert [line["step"] for line in lines] == [line["step"] for line in undisturbed]
+        for expected, actual in zip(undisturbed, lines, strict=True):
+            for name in {"loss", "eval/loss"} & set(expected):
+                what = f"{name}, {expected['step']}"
+                tolerance.assert_close(actual[name], expected[name], tolerance.F32_MODEL, what)
 
 
 SIGNALLED_IN_THE_LAST_EVALUATION = """
