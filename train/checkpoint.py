@@ -6,6 +6,8 @@ checkpoints/
     record.json        step, data state, extra, shapes and dtypes of the leaves
     manifest.sha256    a hash per file, from the process that wrote the file
   .pending-1000/       being written, or left by a killed process; the next save sweeps it away
+  .discarded-100/      being removed
+  .replaced-500/       makes room for a new 500; put back where a kill has left no 500
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ log = logging.getLogger("moejax")
 
 BEST, EXTENT = "eval/loss", "eval/tokens"
 """The entries of `extra` by which the best checkpoint is chosen: the lowest loss among those over as many tokens."""
+EVALUATED = "eval/tokens_evaluated"
+"""The entry of `extra` that has the tokens of the whole evaluation, of which those above may be the first ones."""
 
 _RECORD = "record.json"
 _saves = (
@@ -133,7 +137,7 @@ class Checkpoints:
             self._checkpointer.wait_until_finished()
             write_durably(pending / _RECORD, record)
             write_manifest(pending, _all_hashes(pending, topic))
-            replaced = self._put_aside(step)
+            replaced = self._put_aside(step, "replaced")
             pending.rename(self.directory / str(step))
             sync_directory(self.directory)
             shutil.rmtree(replaced, ignore_errors=True)
@@ -154,10 +158,10 @@ class Checkpoints:
 
     def _finish_part(self, step: int, pending: Path, record: str, topic: str) -> None:
         """In the background of the others: hash what this process has written; done when process 0 has committed."""
-        self._checkpointer.wait_until_finished()
         try:
+            self._checkpointer.wait_until_finished()
             lines = hash_lines(pending, jax.process_index())
-        except OSError as error:
+        except Exception as error:
             lines = f"{_FAULT}{error}"
         processes.exchange_texts(lines, f"hashes/{topic}")
         if fault := processes.tell_all("", f"written/{topic}"):
@@ -175,11 +179,11 @@ class Checkpoints:
 
     def _discard(self, step: int) -> None:
         """Remove a checkpoint; renamed first, so that a kill in between leaves no half of one."""
-        shutil.rmtree(self._put_aside(step), ignore_errors=True)
+        shutil.rmtree(self._put_aside(step, "discarded"), ignore_errors=True)
 
-    def _put_aside(self, step: int) -> Path:
+    def _put_aside(self, step: int, why: str) -> Path:
         """Where a checkpoint has been moved, if there was one."""
-        aside = self.directory / f".discarded-{step}"
+        aside = self.directory / f".{why}-{step}"
         shutil.rmtree(aside, ignore_errors=True)
         with contextlib.suppress(FileNotFoundError):
             (self.directory / str(step)).rename(aside)
@@ -188,10 +192,20 @@ class Checkpoints:
     def _sweep(self) -> None:
         """Remove what a killed or failed save left. Only the process that writes does this."""
         if not self._swept and self.directory.is_dir():
+            self._put_back()
             for pattern in (".pending-*", ".discarded-*"):
                 for path in self.directory.glob(pattern):
                     shutil.rmtree(path, ignore_errors=True)
         self._swept = True
+
+    def _put_back(self) -> None:
+        """Undo a replacement that was cut short between its two renames, or end one that was cut short after them."""
+        for aside in self.directory.glob(".replaced-*"):
+            place = self.directory / aside.name.removeprefix(".replaced-")
+            if place.exists():
+                shutil.rmtree(aside, ignore_errors=True)
+            else:
+                aside.rename(place)
 
     def _failure(self, step: int, error: Exception) -> TrainingFailed:
         """What a failed save is reported as; its half-written files are removed to make room."""
@@ -288,6 +302,11 @@ class Checkpoints:
         return (loss, extent) if isinstance(loss, int | float) and math.isfinite(loss) else None
 
     # ---- restoring ----
+
+    def recover(self) -> None:
+        """Mend what a kill has left. Only a run that holds the lock of its workdir may, before it restores."""
+        if self._primary:
+            self._put_back()
 
     def restore(
         self,
@@ -392,7 +411,7 @@ def _all_hashes(pending: Path, topic: str) -> str:
     texts = processes.exchange_texts(mine, f"hashes/{topic}") or []
     for number, text in enumerate(texts):
         if text.startswith(_FAULT):
-            raise OSError(f"process {number} cannot read what it wrote: {text.removeprefix(_FAULT)}")
+            raise OSError(f"process {number} could not write its part: {text.removeprefix(_FAULT)}")
     return "".join(texts)
 
 

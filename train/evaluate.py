@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from train.checkpoint import BEST, EXTENT, Checkpoints
+from train.checkpoint import BEST, EVALUATED, EXTENT, Checkpoints
 from train.config import MeshConfig, TrainConfig
 from train.config_io import load_config
 from train.data import load_corpus, load_tokenizer, validation_batches
@@ -23,11 +23,12 @@ from train.feed import device_batch, process_rows
 from train.layers import moe_layers_of
 from train.model import ModelSpec, make_mesh, product_precision
 from train.observe import ExpertView
+from train.reporter import QUEUED
 from train.step import make_eval_step
 
 log = logging.getLogger("moejax")
 
-# Enough to keep a device busy, few enough that their arrays take no memory worth the name.
+# Results that wait on the device: few enough that they take no memory worth the name.
 IN_FLIGHT = 16
 # Of further ones, what is said of pairs of experts is left where it is: E * E numbers of each layer.
 OBSERVED = 16
@@ -58,9 +59,10 @@ class Evaluation:
     def standing(self, batches: int | None) -> dict[str, float]:
         """What a checkpoint is compared by: the evaluations of a run that are over the same first batches.
 
-        The last evaluation is over the whole split, but what it found on those batches compares with the others.
+        The last evaluation is over the whole split, but what it found on those batches compares with the others. Beside
+        it stands over how many tokens the evaluation was in all.
         """
-        return {BEST: self.loss(batches), EXTENT: self.tokens(batches)}
+        return {BEST: self.loss(batches), EXTENT: self.tokens(batches), EVALUATED: self.tokens()}
 
 
 def evaluate(
@@ -72,7 +74,7 @@ def evaluate(
     experts_of_layers: Sequence[int],
     progress: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
-    """Evaluate batch after batch; at most `IN_FLIGHT` of them are on their way at once.
+    """Evaluate batch after batch; at most `QUEUED` are before the device, and at most `IN_FLIGHT` results wait on it.
 
     Args:
       experts_of_layers: how many experts each MoE layer has.
@@ -87,6 +89,8 @@ def evaluate(
         if number >= OBSERVED:
             sums.pop("together", None)
         pending.append(sums)
+        if len(pending) > QUEUED:
+            jax.block_until_ready(pending[-1 - QUEUED])
         if len(pending) == IN_FLIGHT:
             fetched += jax.device_get(pending)
             pending.clear()

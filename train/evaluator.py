@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from train import processes
-from train.checkpoint import BEST
+from train.checkpoint import EVALUATED
 from train.config import TrainConfig
 from train.data import Corpus, num_validation_batches, validation_batches
 from train.evaluate import Evaluation, evaluate
@@ -87,6 +87,10 @@ def is_due(config: TrainConfig, step: int) -> bool:
     return step == config.steps or (config.eval.every > 0 and step % config.eval.every == 0)
 
 
-def is_owed(config: TrainConfig, step: int, extra: dict[str, Any]) -> bool:
-    """Whether the checkpoint of this step, with this `extra`, lacks its evaluation, as where a signal cut it short."""
-    return is_due(config, step) and BEST not in extra
+def is_owed(config: TrainConfig, step: int, extra: dict[str, Any], whole: int) -> bool:
+    """Whether the checkpoint of this step, with this `extra`, lacks its evaluation, as where a signal cut it short.
+
+    That of the last step is to be over all `whole` tokens of the validation split.
+    """
+    needed = whole if step == config.steps else 1
+    return is_due(config, step) and extra.get(EVALUATED, 0) < needed

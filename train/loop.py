@@ -31,6 +31,7 @@ from train.feed import abstract_batch, device_batch, process_rows
 from train.fields import flatten
 from train.lock import lock_run
 from train.logs import held_back
+from train.metrics import FILE_NAME as METRICS
 from train.model import ModelSpec, make_mesh, product_precision
 from train.monitor import Bystander, Monitor
 from train.program import Program, make_program
@@ -102,7 +103,8 @@ def _train(config: TrainConfig, workdir: Path, failure: NotFinite | None) -> Non
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config.checkpoint))
         with held_back() as warnings:
             first, state, extra = _restore(checkpoints, program, batches)
-        owes_evaluation = first > 0 and is_owed(config, first, extra)
+        whole = corpus.validation.num_predictions
+        owes_evaluation = first > 0 and is_owed(config, first, extra, whole)
         # Only now is nothing left that could refuse to go on: a refused resume leaves the run as it was.
         with processes.refusing_together():
             if processes.is_first():
@@ -154,7 +156,7 @@ def _train(config: TrainConfig, workdir: Path, failure: NotFinite | None) -> Non
 
             stopping = stop.here()
             due = _due(step, config.checkpoint.every) or (logged and checkpoints.is_late())
-            if last or due or is_best or stopping:
+            if (step > first or found) and (last or due or is_best or stopping):
                 reporter.flush()
                 with monitor.paused(), watchdog.paused():
                     reporter.refuse_broken(step, state.params)
@@ -199,8 +201,14 @@ def _restore(
     Raises:
       ConfigError: the run has already done more steps, or see `Checkpoints.restore`.
     """
+    with processes.refusing_together():
+        checkpoints.recover()
     restored = checkpoints.restore(program.abstract_state, accept=batches.set_state)
     if restored is None:
+        if processes.is_first() and _has_content(metrics := checkpoints.directory.parent / METRICS):
+            log.warning(
+                "there is no checkpoint: the run begins anew, and the steps in %s are dropped", metrics
+            )
         return 0, program.init(), {}
     first, state, _, extra = restored
     steps = program.spec.config.steps
@@ -210,11 +218,11 @@ def _restore(
 
 
 def _require_agreement(config: TrainConfig, corpus: Corpus) -> None:
-    """Config, versions and data must be the same in all processes."""
+    """Versions, config and data must be the same in all processes; the first that differs is the one named."""
     processes.require_agreement(
         {
-            **{name: repr(value) for name, value in flatten(config).items()},
             "versions": processes.versions(),
+            **{name: repr(value) for name, value in flatten(config).items()},
             "data.path": corpus.content_hash,
             "data.tokenizer": corpus.tokenizer_hash,
         }
@@ -237,6 +245,10 @@ def _leave_out(batches: TrainingBatches, failure: NotFinite, step: int) -> None:
         "step %d gave NaN: back to step %d, and on with the batch after the bad one", failure.step, step
     )
     batches.set_state(batches.get_state() | {"next_batch": failure.next_batch})
+
+
+def _has_content(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
 
 
 def _needs_check(mesh: Mesh) -> bool:

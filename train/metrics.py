@@ -23,6 +23,8 @@ DROP_CAUSES = {
 EVALUATION = "eval/loss"
 """What the line of an evaluation has, and no other."""
 
+FILE_NAME = "metrics.jsonl"
+
 LAYERS = "moe/layers/"
 """What begins so has one entry per MoE layer, or per layer and expert."""
 

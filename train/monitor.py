@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from train.config import LogConfig
 from train.errors import TrainingFailed
 from train.logs import logged_to
-from train.metrics import EVALUATION, LAYERS, Metrics
+from train.metrics import EVALUATION, FILE_NAME, LAYERS, Metrics
 from train.tensorboard import Board
 from train.terminal import Terminal, make_terminal
 from train.watch import ExpertWatch
@@ -57,7 +57,7 @@ class Monitor:
         self._total_steps, self._experts_every = total_steps, config.experts_every
         self._watch = ExpertWatch(config.drop_limit, config.dead_after)
         self._mfu_per_token = mfu_per_token
-        self._metrics = Metrics(run_dir / "metrics.jsonl")
+        self._metrics = Metrics(run_dir / FILE_NAME)
         self._metrics.truncate_after(start_step if start_step else -1, evaluated=evaluated)
         self._board = Board(run_dir / "tensorboard", start_step) if config.tensorboard else None
         self._terminal = make_terminal(stream or sys.stderr, total_steps, start_step)

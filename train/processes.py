@@ -172,16 +172,20 @@ def require_agreement(texts: Mapping[str, str]) -> None:
     verdict = json.dumps(_differing([json.loads(one) for one in everyone]) if everyone else None)
     differing: dict[str, list[int]] = json.loads(tell_all(verdict, topic))
     for name, numbers in differing.items():
+        mine = texts.get(name, "(no such field)")
         listed = ", ".join(map(str, numbers[:8])) + (" and more" if len(numbers) > 8 else "")
         rule = f"must be the same in every process, but that of process {listed} is not that of process 0"
-        raise ConfigError(name, shown(f"{texts[name]} in process {jax.process_index()}"), rule)
+        raise ConfigError(name, shown(f"{mine} in process {jax.process_index()}"), rule)
 
 
 def _differing(everyone: list[dict[str, str]]) -> dict[str, list[int]]:
-    """Name -> the processes whose entry is not that of process 0, for the names that have any."""
-    first = everyone[0]
+    """Name -> the processes whose entry is not that of process 0, for the names that have any.
+
+    Processes of different releases may have different names.
+    """
+    names = dict.fromkeys(name for one in everyone for name in one)
     numbers = {
-        name: [number for number, one in enumerate(everyone) if one.get(name) != digest]
-        for name, digest in first.items()
+        name: [number for number, one in enumerate(everyone) if one.get(name) != everyone[0].get(name)]
+        for name in names
     }
     return {name: found for name, found in numbers.items() if found}

@@ -22,10 +22,11 @@ from train.watchdog import Watchdog
 
 log = logging.getLogger("moejax")
 
-# Steps whose metrics may wait on the device. XLA's CPU client holds 32 computations of a device at once; a thread that
-# launches one more waits, and on several devices the slowest may need that very thread: a deadlock.
+# Steps whose metrics may wait on the device: few enough that a NaN is named soon.
 MAX_AHEAD = 16
 # Steps that the device may have before it: enough to keep it busy, few enough that a signal need not wait for many.
+# XLA's CPU client holds 32 computations of a device at once; a thread that launches one more waits, and on several
+# devices the slowest may need that very thread: a deadlock.
 QUEUED = 3
 
 
@@ -66,6 +67,8 @@ class Reporter:
         self._pending.append((step, metrics, logged))
         if len(self._pending) > QUEUED:
             jax.block_until_ready(self._pending[-1 - QUEUED][1])
+            if self._watchdog:
+                self._watchdog.finished(step - QUEUED)
         if self._watchdog:
             self._watchdog.begun(step)
 

@@ -18,6 +18,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from train import checkpoint, processes
 from train.checkpoint import Checkpoints
 from train.config import CheckpointConfig
 from train.errors import ConfigError, TrainingFailed
@@ -286,6 +287,51 @@ class TestDamage:
             save_all(fresh, 20)
         assert sorted(os.listdir(checkpoints.directory)) == ["10", "20"]
 
+    def test_a_kill_while_one_is_replaced_loses_neither(self, checkpoints, monkeypatch):
+        class Killed(BaseException):
+            pass
+
+        def killed(*_):
+            raise Killed
+
+        save_all(checkpoints, 10)
+        (checkpoints.directory / ".discarded-20").mkdir()
+        with monkeypatch.context() as patch:
+            # `finally` and `except` say nothing of a kill: the sweep that follows an error does not happen either.
+            patch.setattr(checkpoints, "_failure", killed)
+            rename = type(checkpoints.directory).rename
+            patch.setattr(
+                type(checkpoints.directory),
+                "rename",
+                lambda path, to: killed() if path.name.startswith(".pending") else rename(path, to),
+            )
+            checkpoints.save(10, small_state(10), {"position": 10}, {"eval/loss": 2.0})
+            with pytest.raises(Killed):
+                checkpoints.wait()
+        assert sorted(os.listdir(checkpoints.directory)) == [".discarded-20", ".pending-10", ".replaced-10"]
+        with Checkpoints(checkpoints.directory, CheckpointConfig()) as fresh:
+            assert fresh.restore(abstract(small_state(0))) is None, "a reader renames nothing"
+            fresh.recover()
+            assert restored_step(fresh) == 10
+            save_all(fresh, 20)
+        assert sorted(os.listdir(checkpoints.directory)) == ["10", "20"]
+
+    def test_a_replacement_that_fails_leaves_the_one_there_was(self, checkpoints, monkeypatch):
+        save_all(checkpoints, 10)
+        rename = type(checkpoints.directory).rename
+
+        def fail(path, to):
+            if path.name.startswith(".pending"):
+                raise OSError(5, "Input/output error")
+            return rename(path, to)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(checkpoints.directory), "rename", fail)
+            checkpoints.save(10, small_state(10), {"position": 10}, {"eval/loss": 2.0})
+            with pytest.raises(TrainingFailed, match=r"newest checkpoint is that of step 10"):
+                checkpoints.wait()
+        assert restored_step(checkpoints) == 10 and os.listdir(checkpoints.directory) == ["10"]
+
 
 PRELUDE = """
 import sys, jax, jax.numpy as jnp, numpy as np
@@ -391,6 +437,26 @@ class TestProcesses:
         assert restored_step(checkpoints) == 1
         save_all(checkpoints, 3)
         assert restored_step(checkpoints) == 3
+
+
+def test_a_process_that_cannot_write_its_part_tells_process_0_at_once(checkpoints, monkeypatch, tmp_path):
+    told = []
+
+    def full():
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+
+    monkeypatch.setattr(checkpoints._checkpointer, "wait_until_finished", full)
+    monkeypatch.setattr(processes, "exchange_texts", lambda text, topic: told.append(text))
+    monkeypatch.setattr(processes, "tell_all", lambda text, topic: told[0])
+    with pytest.raises(OSError, match="No space left on device"):
+        checkpoints._finish_part(1, tmp_path, "", "0")
+    assert told == ["fault: RESOURCE_EXHAUSTED: No space left on device"]
+    monkeypatch.undo()
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "exchange_texts", lambda mine, topic: [mine, *told])
+    with pytest.raises(OSError, match="process 1 could not write its part: RESOURCE_EXHAUSTED"):
+        checkpoint._all_hashes(tmp_path, "0")
 
 
 def test_only_losses_over_as_many_tokens_are_compared(tmp_path):

@@ -1,5 +1,7 @@
 """Evaluation and generation by whole runs, and what the best evaluation is kept for."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from train.data import load_corpus, load_tokenizer
 from train.evaluate import IN_FLIGHT, Evaluation, evaluate, evaluate_run, restore_params
 from train.generate import generate_run, sample
 from train.model import ModelSpec
+from train.reporter import QUEUED
 
 
 def test_evaluation_counts_every_token_of_the_split_once(run, capsys):
@@ -27,11 +30,15 @@ def test_evaluation_counts_every_token_of_the_split_once(run, capsys):
 
 
 def test_evaluation_holds_few_batches_at_once(monkeypatch):
-    dispatched, fetched, most = [], [], []
+    dispatched, fetched, most, waited_for = [], [], [], []
     monkeypatch.setattr("train.evaluate.device_batch", lambda batch, mesh: batch)
     monkeypatch.setattr(jax, "device_get", lambda sums: fetched.extend(sums) or sums)
 
+    monkeypatch.setattr(jax, "block_until_ready", lambda sums: waited_for.append(sums["loss"]))
+
     def eval_step(params, batch):
+        newest = batch - 1 - QUEUED  # what must be done before the next one is handed over
+        assert newest < 0 or newest in waited_for or newest in [sums["loss"] for sums in fetched]
         dispatched.append(batch)
         most.append(len(dispatched) - len(fetched))
         return {"loss": float(batch), "tokens": 2}
@@ -66,6 +73,21 @@ def test_the_best_evaluation_makes_a_checkpoint_of_its_own(run, monkeypatch):
     assert run(*options) == 0
     assert sorted(int(path.name) for path in (run.workdir / "checkpoints").iterdir()) == [4, 12]
     assert small.read_metrics(run.workdir)[-1]["eval/loss"] == pytest.approx(0.27)
+
+
+def test_the_evaluation_of_what_becomes_the_last_step_is_made_whole(run):
+    options = ("--eval.every", 2, "--eval.max_batches", 1)
+    assert run("--steps", 4, *options) == 0
+    part = small.read_metrics(run.workdir)[2]
+    shutil.rmtree(run.workdir / "checkpoints" / "4")
+    for _ in range(2):  # the second time nothing is left to do
+        assert run("--steps", 2, *options) == 0
+        lines = small.read_metrics(run.workdir)
+        assert [line["step"] for line in lines] == [1, 2, 2]
+        assert (run.workdir / "log.txt").read_text().count("evaluating on the whole") == 2
+    whole, _ = evaluate_run(str(run.workdir))
+    assert lines[-1]["eval/loss"] == pytest.approx(whole, rel=tolerance.F32)
+    assert part["step"] == 2 and part["eval/loss"] != pytest.approx(whole, rel=1e-4)
 
 
 def test_generation_is_greedy_at_temperature_0_and_equals_the_whole_forward(run, monkeypatch):

@@ -2,6 +2,7 @@
 
 import errno
 import re
+import shutil
 import signal
 
 import jax
@@ -10,6 +11,7 @@ from jax._src import array
 
 from tests.train import launching, small
 from train import cli, loop, reporter
+from train.checkpoint import Checkpoints
 from train.config_io import load_config
 from train.errors import NotFinite
 from train.feed import device_batch
@@ -277,12 +279,13 @@ def test_a_signal_cuts_an_evaluation_short_and_the_same_command_does_it_whole(ru
     assert run(*options) == 0
     undisturbed, each = small.read_metrics(run.workdir), len(taken) // 2
     taken.clear()
-    signals |= {
-        2,
-        2 + each + 2,
-    }  # in the evaluation after step 6, and, when that has been done, in the last one
+    # In the evaluation after step 6, in the same again, and, when that has been done, in the last one.
+    signals |= {2, 4, 4 + each + 2}
     run.workdir = run.workdir.with_name("disturbed")
-    for done, steps in ((2, 6), (2 + each + 2, 12)):
+    written = []
+    save = Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", lambda *args: written.append(args[1]) or save(*args))
+    for done, steps in ((2, 6), (4, 6), (4 + each + 2, 12)):
         assert run(*options) == 143 and len(taken) == done, "left after that batch"
         assert f"stopped by signal 15 after step {steps}" in capsys.readouterr().err
         assert (run.workdir / "checkpoints" / str(steps)).is_dir()
@@ -292,9 +295,23 @@ def test_a_signal_cuts_an_evaluation_short_and_the_same_command_does_it_whole(ru
         with (run.workdir / "metrics.jsonl").open("a") as file:
             file.write(f'{{"step": {steps}, "eval/loss": 0.0}}\n')
     for _ in range(2):  # the second time nothing is left to do
-        assert run(*options) == 0 and len(taken) == 2 + each + 2 + each
+        assert run(*options) == 0 and len(taken) == 4 + each + 2 + each
         assert small.read_metrics(run.workdir) == undisturbed, "to the last bit"
+    assert written == [5, 6, 6, 10, 12, 12], "not once more where nothing has been done"
     assert "already finished" in (run.workdir / "log.txt").read_text()
+
+
+def test_a_run_that_begins_anew_in_a_used_workdir_says_so(run):
+    assert run("--steps", 2) == 0
+    shutil.move(run.workdir / "checkpoints" / "2", run.workdir / "checkpoints" / ".replaced-2")
+    assert run("--steps", 3) == 0, "what a kill left between two renames is put back"
+    said = "there is no checkpoint: the run begins anew"
+    assert said not in (run.workdir / "log.txt").read_text()
+    assert steps_of(small.read_metrics(run.workdir)) == [1, 2, 3]
+    shutil.rmtree(run.workdir / "checkpoints")
+    assert run("--steps", 1) == 0
+    assert said in (run.workdir / "log.txt").read_text()
+    assert steps_of(small.read_metrics(run.workdir)) == [1]
 
 
 def test_without_a_period_only_the_last_step_is_kept(run):

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -12,12 +13,13 @@ import pytest
 from tests import tolerance
 from tests.train import launching, small
 from tests.train.launching import children, is_gone, run, start, wait_for_step
-from train import joining, launch
+from train import joining, launch, processes
 from train.config import MeshConfig
 from train.errors import ConfigError, TrainingFailed
 from train.integrity import find_fault, writer_of
 from train.lock import lock_run
 from train.place import Place, find_place, gpu_of, open_mpi_place, slurm_place
+from train.reporter import QUEUED
 
 
 @pytest.mark.parametrize(
@@ -169,6 +171,24 @@ def test_two_processes_train_like_one(config, tmp_path, undisturbed):
     for expected, actual in zip(one, undisturbed, strict=True):
         for name in {"loss", "aux_loss", "grad_norm", "eval/loss"} & set(expected):
             tolerance.assert_close(actual[name], expected[name], tolerance.F32_MODEL, name)
+
+
+@pytest.mark.slow
+def test_other_numbers_of_processes_go_on_from_a_checkpoint_of_two(config, tmp_path, undisturbed):
+    for count, devices in ((1, 4), (4, 1)):
+        workdir = tmp_path / f"two, then {count}"
+        shutil.copytree(tmp_path / "two", workdir)
+        oldest, *later = sorted((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
+        for path in later:
+            shutil.rmtree(path)
+        output = run(*launching.launched(count, devices, config, workdir, *OPTIONS))
+        assert f"going on after step {oldest.name}" in output and "step 24/24" in output
+        lines = small.read_metrics(workdir)
+        assert [line["step"] for line in lines] == [line["step"] for line in undisturbed]
+        for expected, actual in zip(undisturbed, lines, strict=True):
+            for name in {"loss", "eval/loss"} & set(expected):
+                what = f"{name}, {expected['step']}"
+                tolerance.assert_close(actual[name], expected[name], tolerance.F32_MODEL, what)
 
 
 SIGNALLED_IN_THE_LAST_EVALUATION = """
@@ -373,20 +393,50 @@ def test_process_0_says_how_many_others_have_come_and_gives_up_without_the_rest(
     assert output == f"warning: process 1 of 3 waits for the others to come to {address}, up to 60 s\n"
 
 
-def test_processes_with_different_configs_refuse_to_begin(config, tmp_path):
-    from train.launch import _free_port
+# Process 1 is of a release that has a field more or less.
+OTHER_FIELDS = """
+import os
+from train import loop
 
-    place = ("--coordinator", f"127.0.0.1:{_free_port()}", "--processes", 2, "--workdir", tmp_path / "run")
-    words = ("train", config, "--cpu-devices", 2, *place)
-    other = start(*words, "--process-id", 1, "--seed", 7)
-    output = run(*words, "--process-id", 0, code=2)
-    assert other.communicate(timeout=240)[0] and other.returncode == 2
-    assert re.search(
-        r"^error: seed = 0 in process 0: must be the same in every process, but that of process 1",
-        output,
-        re.M,
-    )
+flatten = loop.flatten
+if os.environ["MOEJAX_PROCESS_ID"] == "1":
+    loop.flatten = lambda config: CHANGE
+
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "name", "values"),
+    [
+        (None, ("--seed", 7), "seed", ("0", "7")),
+        ("flatten(config) | {'new': 1}", (), "new", ("(no such field)", "1")),
+        ("{k: v for k, v in flatten(config).items() if k != 'seed'}", (), "seed", ("0", "(no such field)")),
+    ],
+    ids=["value", "field more", "field less"],
+)
+def test_processes_with_different_configs_refuse_to_begin(config, tmp_path, change, options, name, values):
+    if change is not None:
+        config.write_text(OTHER_FIELDS.replace("CHANGE", change) + config.read_text())
+    place = {"MOEJAX_COORDINATOR": f"127.0.0.1:{launch._free_port()}", "MOEJAX_PROCESSES": "2"}
+    words = ("train", config, "--cpu-devices", 2, "--workdir", tmp_path / "run")
+    both = [
+        start(*words, *more, env=place | {"MOEJAX_PROCESS_ID": str(number)})
+        for number, more in enumerate(((), options))
+    ]
+    outputs = [process.communicate(timeout=240)[0] for process in both]
+    assert [process.returncode for process in both] == [2, 2], outputs
+    for number, output in enumerate(outputs):
+        rule = "must be the same in every process, but that of process 1 is not that of process 0"
+        line = f"error: {name} = {values[number]} in process {number}: {rule}"
+        assert line in output.splitlines() and "Traceback" not in output, output
     assert not (tmp_path / "run").exists()
+
+
+def test_versions_are_compared_before_what_follows_from_them():
+    first = {"versions": "1", "old": "a", "seed": "0"}
+    second = {"versions": "2", "seed": "0", "new": "b"}
+    differing = processes._differing([first, second, first])
+    assert list(differing.items()) == [("versions", [1]), ("old", [1]), ("new", [1])]
 
 
 @pytest.fixture(scope="module")
@@ -469,10 +519,11 @@ def test_a_process_that_does_not_arrive_is_named_and_all_end(config, tmp_path):
     output = process.communicate(timeout=180)[0]
     assert process.returncode == 3, output
     found = re.search(
-        r"step \d+ has not ended after \d+ s: others have begun step (\d+), process 1 is at step (\d+)",
+        r"step (\d+) has not ended after \d+ s: others have begun step (\d+), process 1 is at step (\d+)",
         output,
     )
-    assert found and int(found[2]) < int(found[1]) <= 41, output
+    assert found and int(found[3]) < int(found[2]) <= 41, output
+    assert int(found[3]) - QUEUED < int(found[1]) <= int(found[3]) + 1, output
     assert all(is_gone(pid) for pid in workers)
     stacks = [(tmp_path / "run" / "logs" / f"stacks-{number}.txt").read_text() for number in range(2)]
     assert "in stall" in stacks[1] and "in stall" not in stacks[0]

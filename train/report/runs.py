@@ -62,7 +62,7 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
     """
     path = Path(directory)
     try:
-        lines = list(metrics.read(path / "metrics.jsonl"))
+        lines = list(metrics.read(path / metrics.FILE_NAME))
     except OSError as error:
         raise ConfigError("RUN", directory, f"its metrics.jsonl cannot be read: {error.strerror}") from error
     steps = [line for line in lines if "loss" in line]
