@@ -512,8 +512,8 @@ def test_a_process_that_does_not_arrive_is_named_and_all_end(config, tmp_path):
     stalled = STALLED.replace("BREAK", "time.sleep(600)").replace("BATCH", "39")
     config.write_text(stalled + config.read_text())
     # With log.every 10 the host runs ahead, as it does in earnest: no step is fetched before the one that never ends.
-    options = ("--log.stall_factor", 3, "--log.stall_seconds", 15, "--log.every", 10)
-    process = start(*launched(config, tmp_path / "run", *OPTIONS, "--steps", 60, *options))
+    options = ("--log.stall_factor", 3, "--log.stall_seconds", 15, "--log.every", 10, "--checkpoint.every", 0)
+    process = start(*launched(config, tmp_path / "run", "--steps", 60, *options))
     wait_for_step(tmp_path / "run", 30, process)
     workers = children(process)
     output = process.communicate(timeout=180)[0]
