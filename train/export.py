@@ -37,7 +37,9 @@ def export_run(run_dir: str, output: str, layer: int, expert: int | None = None)
     try:
         from safetensors.numpy import save_file
     except ImportError as error:
-        raise ConfigError("command", "export", "needs the package safetensors: pip install safetensors") from error
+        raise ConfigError(
+            "command", "export", "needs the package safetensors: pip install safetensors"
+        ) from error
     directory, path = Path(run_dir), Path(output)
     config = load_config(directory / "config.yaml")
     spec = ModelSpec.from_config(config, load_tokenizer(directory).vocab_size)

@@ -36,7 +36,7 @@ def test_slurm_starts_a_job_again_that_was_stopped_or_lost_a_process(tmp_path, c
     (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
     for name in ("srun", "scontrol"):
         (tmp_path / name).chmod(0o700)
-    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": "/home/me", "SLURM_JOB_ID": "7"}
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path), "SLURM_JOB_ID": "7"}
     env |= {} if restarts is None else {"SLURM_RESTART_COUNT": str(restarts)}
     assert subprocess.run(["bash", FOLDER / "slurm.sbatch"], env=env).returncode == code
     asked = tmp_path / "asked"
