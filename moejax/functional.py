@@ -21,7 +21,17 @@ from moejax.routing import softmax_top_k
 
 
 def route(logits_TE: jax.Array, top_k: int, *, normalize: bool | None = None) -> tuple[jax.Array, jax.Array]:
-    """Softmax top-k: ids_TK i32 and weights_TK f32, which with `normalize` (default: if K > 1) sum to one per token."""
+    """Softmax top-k: ids_TK i32 and weights_TK f32, which with `normalize` (default: if K > 1) sum to one per token.
+
+    Raises:
+      ValueError: logits_TE are not [tokens, experts], or K is not between 1 and E.
+    """
+    if logits_TE.ndim != 2:
+        raise ValueError(f"logits_TE has shape {logits_TE.shape}: must be [tokens, experts]")
+    if not 1 <= top_k <= logits_TE.shape[1]:
+        raise ValueError(
+            f"top_k = {top_k}: must be between 1 and the number of experts ({logits_TE.shape[1]})"
+        )
     ids_TK, weights_TK, _ = softmax_top_k(logits_TE, top_k, normalize=normalize)
     return ids_TK, weights_TK
 
@@ -64,14 +74,17 @@ def moe(
     Raises:
       ValueError: as `deliver`.
     """
-    axes = (axis,) if isinstance(axis, str) else tuple(axis or ())
+    if isinstance(axis, str):
+        axis = (axis,)
+    if axis is not None and (not isinstance(axis, Sequence) or len(set(axis)) < len(axis)):
+        raise ValueError(f"axis = {axis!r}: must be the name of a mesh axis, several different ones, or None")
     y_TD, _ = deliver(
         x_TD,
         ids_TK,
         weights_TK,
         experts,
         num_experts=num_experts,
-        axes=axes,
+        axes=tuple(axis or ()),
         exchange=exchange,
         capacity_factor=capacity_factor,
         chunks=chunks,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -132,10 +132,15 @@ def _train(config: TrainConfig, workdir: Path, failure: NotFinite | None) -> Non
             log.info("already finished: all %d steps are done" if done else "going on after step %d", first)
 
         batch_shape = abstract_batch(mesh, batch_size, sequence_length)
-        train_step = program.train_step
+
+        def tuned_step() -> Callable[..., Any]:
+            tuned = make_program(config, tokenizer.vocab_size, mesh, tuner.tuning)
+            return processes.compile_now(tuned.train_step, program.abstract_state, batch_shape)
+
         if tuner.choose_shadows(first, program.spec, state.params):
-            train_step = make_program(config, tokenizer.vocab_size, mesh, tuner.tuning).train_step
-        train_step = processes.compile_together(train_step, program.abstract_state, batch_shape)
+            train_step = tuned_step()
+        else:
+            train_step = processes.compile_together(program.train_step, program.abstract_state, batch_shape)
         evaluator = Evaluator(config, corpus, rows, program, monitor, stop)
 
         # ---- the loop; a run that was stopped in an evaluation begins with it ----
@@ -170,10 +175,7 @@ def _train(config: TrainConfig, workdir: Path, failure: NotFinite | None) -> Non
             if not last and _due(step, config.eval.every):
                 with monitor.paused(), watchdog.paused():
                     if tuner.choose_shadows(step, program.spec, state.params):
-                        tuned = make_program(config, tokenizer.vocab_size, mesh, tuner.tuning)
-                        train_step = processes.compile_now(
-                            tuned.train_step, program.abstract_state, batch_shape
-                        )
+                        train_step = tuned_step()
         with watchdog.paused():
             checkpoints.wait()
 

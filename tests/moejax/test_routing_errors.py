@@ -74,3 +74,20 @@ def test_a_routers_wrong_answer_is_named(field, value, message):
     layer = moejax.MoE(E, 4, E, router=Wrong(E, E, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=message):
         layer(jnp.asarray(draw_logits()))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda F: F.route(draw_logits(), E + 1), rf"top_k = {E + 1}: must be between 1 and .* \({E}\)"),
+        (lambda F: F.route(draw_logits()[0], 1), r"logits_TE has shape .*: must be \[tokens, experts\]"),
+        (lambda F: F.moe(*3 * [jnp.ones((T, 2))], None, num_experts=E, axis=3), "axis = 3: must be the name"),
+        (
+            lambda F: F.moe(*3 * [jnp.ones((T, 2))], None, num_experts=E, axis=("a", "a")),
+            "several different ones",
+        ),
+    ],
+)
+def test_bad_arguments_of_functions_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(moejax.functional)
