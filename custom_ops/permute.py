@@ -12,7 +12,7 @@ from custom_ops import native
 from custom_ops.checks import require, require_array
 from custom_ops.dtypes import is_whole_bytes, wide
 from custom_ops.plan import DispatchPlan
-from custom_ops.varying import vary_alike
+from custom_ops.varying import vary_alike, vary_like
 
 
 def permute(x_TD: jax.Array, plan: DispatchPlan, weights_TK: jax.Array | None = None) -> jax.Array:
@@ -147,7 +147,7 @@ def _or_none(weights_TK, dtype) -> jax.Array:
 def _take_rows(table: jax.Array, index: jax.Array) -> jax.Array:
     """Rows of a table by index; -1 gives some row, which the caller masks."""
     if table.shape[0] == 0:
-        return jnp.zeros(index.shape + table.shape[1:], table.dtype)
+        return vary_like(jnp.zeros(index.shape + table.shape[1:], table.dtype), table, index)
     return table.at[jnp.maximum(index, 0)].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 

@@ -102,9 +102,9 @@ class Attention(nnx.Module):
         if rotation_BS2f is None:
             rotation_BS2f = self.rotation(positions_BS)
         weights = jnp.concatenate([self.w_q[...], self.w_k[...], self.w_v[...]], axis=1).astype(self.dtype)
-        qkv = (x_BSD.astype(self.dtype) @ weights).reshape(*x_BSD.shape[:2], -1, self.d_head)
-        num_kv = self.w_k.shape[1] // self.d_head
-        num_heads = qkv.shape[2] - 2 * num_kv
+        num_heads, num_kv = (w.shape[1] // self.d_head for w in (self.w_q, self.w_k))
+        heads = (*x_BSD.shape[:2], num_heads + 2 * num_kv, self.d_head)
+        qkv = (x_BSD.astype(self.dtype) @ weights).reshape(heads)
         scales = [jnp.broadcast_to(self.q_norm.scale[...], (num_heads, self.d_head))]
         scales += [jnp.broadcast_to(self.k_norm.scale[...], (num_kv, self.d_head))]
         qk, v = jnp.split(qkv, [num_heads + num_kv], axis=2)
@@ -121,7 +121,7 @@ class Attention(nnx.Module):
             mask = (seen >= 0) & (seen <= now)
             k, v = cache.k_BWGh.astype(q.dtype), cache.v_BWGh.astype(q.dtype)
             y = _attend(q, k, v, mask[None, None], is_causal=False)
-        return y.reshape(*x_BSD.shape[:2], -1) @ self.w_out[...].astype(self.dtype), cache
+        return y.reshape(*x_BSD.shape[:2], num_heads * self.d_head) @ self.w_out[...].astype(self.dtype), cache
 
 
 @jax.checkpoint  # backward keeps what comes in, not the many steps within

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from custom_ops.varying import varying_axes
 from moejax.capacity import within_capacity
 from moejax.cost import Link
 from moejax.dispatch import ExpertsFn, dispatch
@@ -92,6 +93,11 @@ def deliver(
     check_factor("capacity_factor", capacity_factor, finite=overflow == "drop")
     _check_shapes(x_TD, ids_TK, weights_TK, num_experts)
     _check_axes(axes, token_axes)
+    if not x_TD.shape[0] and varying_axes(x_TD):
+        raise ValueError(
+            "x_TD has no tokens: XLA does not compile empty arrays inside jax.shard_map; give every device one token "
+            "that goes nowhere (ids_TK = -1)"
+        )
     admitted_TK = ids_TK
     if overflow == "drop":
         admitted_TK = within_capacity(ids_TK, num_experts, _factor(overflow, capacity_factor), token_axes)

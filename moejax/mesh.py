@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
@@ -209,7 +211,8 @@ def over_tokens(
     Raises:
       ValueError: an axis of the mesh is of the Explicit type.
 
-    Without an ambient mesh, or already inside a `shard_map` over the token axes, `fn` is simply called.
+    Without an ambient mesh, or already inside a `shard_map` over the token axes, `fn` is simply called. Where there is
+    no token, every device gets one that is not there: False in a mask, -1 as a number, 0 elsewhere.
     """
     mesh, axes = ambient_mesh(), token_axes()
     if AxisType.Explicit in mesh.axis_types:
@@ -224,4 +227,16 @@ def over_tokens(
     if set(axes) <= set(mesh.manual_axes):
         return local(params, replicated, *arrays)
     in_specs = (_split_over_single(state_specs(params, mesh), axes, mesh), P(), *(P(axes) for _ in arrays))
-    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs(P(axes)))(params, replicated, *arrays)
+    mapped = jax.shard_map(local, in_specs=in_specs, out_specs=out_specs(P(axes)))
+    if all(array is None or array.shape[0] for array in arrays):
+        return mapped(params, replicated, *arrays)
+    # XLA's partitioner (Shardy, in jax 0.11.2) dies on a manual computation that has an empty constant among others.
+    results = mapped(params, replicated, *jax.tree.map(partial(_absent, math.prod(mesh.shape[a] for a in axes)), arrays))
+    cut = lambda spec, part: jax.tree.map(lambda array: array[:0], part) if spec == P(axes) else part  # noqa: E731
+    return jax.tree.map(cut, out_specs(P(axes)), results, is_leaf=lambda leaf: isinstance(leaf, P))
+
+
+def _absent(count: int, empty: jax.Array) -> jax.Array:
+    """Tokens that are not there, in the place of none."""
+    fill = -1 if jnp.issubdtype(empty.dtype, jnp.integer) else 0
+    return jnp.full((count, *empty.shape[1:]), fill, empty.dtype)

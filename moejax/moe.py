@@ -264,6 +264,9 @@ class MoE(nnx.Module):
         graphdef, params = nnx.split((self.router, self.experts))
 
         sequence_length = x.shape[-2] if x.ndim > 2 else None
+        if not x.size:
+            token_mask = jnp.zeros(x.shape[:-1], bool)  # what stands in for no tokens counts nowhere
+            sequence_length = None if sequence_length is None else 1
 
         def run(params, replicated, *tokens):
             return over_tokens(

@@ -13,6 +13,25 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--fifth",
+        type=int,
+        metavar="N",
+        help="run every fifth of the chosen tests, beginning with number N modulo 5: five N in a row run all",
+    )
+
+
+@pytest.hookimpl(trylast=True)  # after the choice by marks
+def pytest_collection_modifyitems(config, items):
+    number = config.getoption("--fifth")
+    if number is not None:
+        chosen = items[number % 5 :: 5]
+        config.hook.pytest_deselected(items=[item for place, item in enumerate(items) if (place - number) % 5])
+        items[:] = chosen

@@ -1,0 +1,176 @@
+# The checks of this project, one function each; `.ci/run` and `.ci/all` say which of them run. Meant to be sourced.
+# CONTRIBUTING.md has the table of what runs where.
+set -euo pipefail
+
+source_tree=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+work=${CI_WORK:-$(mktemp -d)}  # with CI_WORK, a second call finds the environments of the first
+[[ -n ${CI_WORK:-} ]] || trap 'rm -rf "$work"' EXIT
+mkdir -p "$work"
+export JAX_COMPILATION_CACHE_DIR="$work/cache"  # begins empty: the times are those of a fresh machine
+timings=""
+
+step() {
+  local name=$1 started=$SECONDS
+  shift
+  printf '\n=== %s\n' "$name"
+  "$@" </dev/null
+  timings+=$(printf '%6d s  %s' $((SECONDS - started)) "$name")$'\n'
+}
+
+all_green() {
+  printf '\n=== all green in %d s\n%s' "$SECONDS" "$timings"
+}
+
+# What is not committed would not be merged, so it is not tested either.
+clone_tree() {
+  local changes
+  changes=$(git -C "$source_tree" status --short || true)
+  if [[ -n $changes ]]; then
+    printf 'NOT TESTED, because not committed:\n%s\n' "$changes"
+  fi
+  rm -rf "$work/tree"
+  if git clone -q --no-local "$source_tree" "$work/tree"; then
+    git -C "$work/tree" log -1 --format='testing %h %s'
+  else  # an exported tree, without a repository
+    mkdir -p "$work/tree"
+    tar -C "$source_tree" --exclude=./.git --exclude='./.venv*' --exclude=./runs --exclude='*.so' \
+      --exclude=__pycache__ -cf - . | tar -C "$work/tree" -xf -
+  fi
+  cd "$work/tree"
+}
+
+# ---- environments
+
+# A Python of this version, wherever it is.
+find_python() {
+  local version=$1 candidate
+  for candidate in "python$version" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$version".*/bin/python; do
+    if "$candidate" -c '' 2>/dev/null; then
+      command -v "$candidate"
+      return
+    fi
+  done
+  printf 'Python %s is needed and not found\n' "$version" >&2
+  return 1
+}
+
+# make_environment NAME PYTHON REQUIREMENT...: a virtual environment in $work/NAME, unless it is there already.
+make_environment() {
+  local name=$1 python=$2
+  shift 2
+  if [[ ! -e $work/$name/complete ]]; then
+    rm -rf "${work:?}/$name"
+    "$python" -m venv "$work/$name"
+    "$work/$name/bin/pip" install -q "$@"
+    touch "$work/$name/complete"
+  fi
+}
+
+# .venv of the clone, with the tools; the README's command makes the same one without them.
+main_environment() {
+  [[ -x .venv/bin/python ]] || python3 -m venv .venv
+  .venv/bin/pip install -q -e '.[test,dev]'
+}
+
+# ---- checks
+
+# The line in the README's second code block: what runs here is what the README promises.
+readme_command() {
+  local command
+  command=$(awk '/^```/ { fences += 1; next } fences == 3' README.md)
+  printf '%s\n' "$command"
+  bash -c "$command"
+}
+
+style() {
+  .venv/bin/ruff check .
+  .venv/bin/ruff format --check .
+}
+
+types() {
+  .venv/bin/mypy
+}
+
+# slow_tests [FIFTH] [PATH...]: the tests marked slow, or every fifth one of them.
+slow_tests() {
+  .venv/bin/python -m pytest -m 'slow and not gpu and not compile_gpu' "$@"
+}
+
+# The quick suite with another Python and jax; the package is installed as a user would install it.
+quick_tests_with() {
+  local version=$1 python
+  shift
+  python=$(find_python "$version")
+  make_environment "python$version" "$python" "$@" '.[test]'
+  (copy_tests "elsewhere$version" && "$work/python$version/bin/python" -m pytest \
+    -m 'not slow and not gpu and not compile_gpu and not repo')
+}
+
+# Everything of tests/compile_gpu with one pair of Python and jax: jax's CUDA plugin and compilers, no libraries, no GPU.
+compile_for_gpus() {
+  local version=$1 jax=$2 python
+  shift 2
+  python=$(find_python "$version")
+  make_environment "gpu$version" "$python" -e '.[test]' "jax==$jax" "jaxlib==$jax" "jax-cuda13-pjrt==$jax" \
+    "jax-cuda13-plugin==$jax" nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime
+  "$work/gpu$version/bin/python" -m pytest -m compile_gpu tests/compile_gpu "$@"
+}
+
+# A real Slurm and a real Open MPI, for the tests that start a run with them on this one machine.
+install_schedulers() {
+  if [[ $(id -u) != 0 ]] || ! command -v apt-get >/dev/null; then
+    printf 'NOT TESTED with Slurm and Open MPI: installing them needs root and apt-get\n'
+    return
+  fi
+  apt-get update -qq
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge openmpi-bin >/dev/null
+}
+
+# The tests and their settings, but none of the packages, so that only the installed ones can be imported.
+copy_tests() {
+  rm -rf "${work:?}/$1"
+  mkdir "$work/$1"
+  cp -r tests pyproject.toml "$work/$1"
+  cd "$work/$1"
+}
+
+build_wheel() {
+  rm -rf "$work/dist"
+  .venv/bin/pip wheel -q . --no-deps -w "$work/dist"
+  local wheels=("$work"/dist/moejax-*.whl)
+  rm -f "$work/wheel/complete"
+  make_environment wheel python3 "${wheels[0]}[test]"
+}
+
+# What a user does first with the wheel, and the tests that a wheel could fail: of files, paths and packages.
+use_wheel() {
+  copy_tests elsewhere
+  "$work/wheel/bin/moejax" doctor
+  "$work/wheel/bin/moejax" train quickstart --steps 20 --eval.every 0 --workdir "$work/elsewhere/run"
+  "$work/wheel/bin/python" -m pytest -m 'wheel and not gpu and not compile_gpu'
+  cd "$work/tree"
+}
+
+# The other tests have LLVM optimise nothing (tests/conftest.py); what is promised to the bit also runs as users run it.
+as_shipped() {
+  .venv/bin/python -m benchmarks.layouts
+  XLA_FLAGS=--xla_backend_optimization_level=3 .venv/bin/python -m pytest -q tests/train/test_loop.py -k kill
+}
+
+# AddressSanitizer and UBSan over the tests of the native ops. Only the library is instrumented; Python loads their
+# runtimes first. It takes the installed one's place: beside the sources either of both could be found. All memory that is
+# handed out holds NaN, so the tests also find what a kernel should have written and did not.
+sanitizers() {
+  local installed
+  installed=$(.venv/bin/python -c 'from custom_ops import native; print(native.cpu_library()._name)')
+  .venv/bin/pip install -q cmake ninja
+  .venv/bin/cmake -S . -B "$work/sanitized" -G Ninja -DCMAKE_MAKE_PROGRAM="$PWD/.venv/bin/ninja" \
+    -DCMAKE_BUILD_TYPE=Release -DMOEJAX_SANITIZE=ON -DMOEJAX_CUDA=OFF -DPython_EXECUTABLE="$PWD/.venv/bin/python" >/dev/null
+  .venv/bin/cmake --build "$work/sanitized" >/dev/null
+  mv "$installed" "$work/plain.so"
+  cp "$work/sanitized/libmoejax_cpu.so" "$installed"
+  LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" \
+    ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1073741824:malloc_fill_byte=255 \
+    .venv/bin/python -m pytest -q tests/custom_ops -k 'not xla and not Triton and not Windows and not Reference and not out_of_memory'
+  mv "$work/plain.so" "$installed"
+}

@@ -1,0 +1,55 @@
+"""A batch without a single token, on one device and on two: nothing comes out, and every gradient is zero."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import moejax
+
+D, F, E = 8, 6, 4
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("shape", [(0, D), (0, 5, D), (3, 0, D)], ids=str)
+def test_layer(devices, shape):
+    options = dict(balance_weight=0.1, z_weight=0.1, balance_over="sequence" if len(shape) > 2 else "batch")
+    layer = moejax.MoE(D, F, E, rngs=nnx.Rngs(0), chunks=2, **options)
+
+    @nnx.jit
+    def run(layer, x):
+        def value(layer, x):
+            y, stats = layer(x)
+            return jnp.sum(y) + stats.aux_loss, (y, stats)
+
+        return nnx.value_and_grad(value, argnums=(0, 1), has_aux=True)(layer, x)
+
+    with jax.set_mesh(mesh(devices)):
+        (value, (y, stats)), (grads, dx) = run(layer, jnp.zeros(shape))
+    assert y.shape == dx.shape == shape and value == 0
+    assert stats.load_E.tolist() == [0] * E and stats.rounds == 1 and stats.dropped == stats.invalid == 0
+    assert all((gradient == 0).all() for gradient in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_transformer(devices):
+    sizes = dict(vocab_size=16, num_layers=2, d_model=D, num_heads=2, d_hidden=F)
+    moe = dict(d_hidden=F, num_experts=E)
+    model = moejax.Transformer(**sizes, moe_layers=(1,), moe=moe, rngs=nnx.Rngs(0))
+
+    @nnx.jit
+    def run(model, tokens):
+        def value(model):
+            hidden, *_ = model(tokens)
+            return model.loss(hidden, tokens, chunk=8), hidden
+
+        return nnx.value_and_grad(value, has_aux=True)(model)
+
+    with jax.set_mesh(mesh(devices)):
+        (loss, hidden), grads = run(model, jnp.zeros((0, 5), jnp.int32))
+    assert hidden.shape == (0, 5, D) and loss == 0
+    assert all((gradient == 0).all() for gradient in jax.tree.leaves(grads))
+
+
+def mesh(count):
+    return moejax.make_mesh(expert=count, devices=jax.devices()[:count])
