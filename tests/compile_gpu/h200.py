@@ -208,10 +208,13 @@ def compile_for(device: jax.Device, function, *arguments, dump: pathlib.Path | N
     Args:
       dump: folder for the PTX of all kernels but Mosaic's.
     """
-    # The suite's flags forbid optimising, which is for CPU programs that run once.
-    options: dict[str, int | str] = {"xla_backend_optimization_level": 3}
+    # The suite's flags forbid optimising, which is for CPU programs that run once. From jax 0.11 on XLA has no tiles for
+    # its own dense products by Triton where it cannot time them.
+    options: dict[str, int | str] = {"xla_backend_optimization_level": 3, "xla_gpu_enable_triton_gemm": False}
     if dump is not None:
         options["xla_dump_to"] = str(dump)
+        if jax.__version_info__ >= (0, 11):
+            options["xla_dump_emitter_re"] = ".*"
     with tracing_for(device):
         lowered = function.lower(*arguments)
         compiled = lowered.compile(compiler_options=options)
