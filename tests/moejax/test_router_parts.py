@@ -10,9 +10,10 @@ import pytest
 from flax import nnx
 
 import moejax
+from moejax.normal import normal_cdf
 from moejax.routing import make_router
 from moejax.routing.decision import top_k_ids
-from moejax.routing.noisy import chance_of_choice, normal_cdf
+from moejax.routing.noisy import chance_of_choice
 from moejax.routing.take import best_of_columns
 from tests import tolerance
 from tests.moejax import naive_routing as naive
