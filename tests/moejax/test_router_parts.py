@@ -54,7 +54,7 @@ def test_selection_bias_moves_against_the_load():
     load = np.array([9, 1, 4, 4, 4, 4, 4, 2])
     router.balance(jnp.asarray(load))
     step = np.asarray(router.selection_bias_E[...]) - before
-    np.testing.assert_allclose(step, 1e-3 * np.sign(load.mean() - load), atol=1e-7)
+    np.testing.assert_allclose(step, 1e-2 * np.sign(load.mean() - load), atol=1e-7)
 
 
 def test_router_bias_is_added():
