@@ -1,4 +1,7 @@
-"""Every activation by its formula: dense, in experts, in experts with biases; values and every gradient."""
+"""Every activation by its formula, in dense layers and in experts: values and every gradient.
+
+Experts with biases: `test_every_argument.py`.
+"""
 
 from typing import get_args, get_type_hints
 
@@ -20,21 +23,19 @@ T, D, F, E = 12, 6, 5, 2
 
 
 def modules(activation):
-    """A dense layer, experts, experts with biases; so large that every limit is passed."""
+    """A dense layer and experts; for the clamped activation so large that its limits are passed."""
     dense = moejax.FeedForward(D, F, activation=activation, rngs=nnx.Rngs(0))
-    experts = [
-        moejax.Experts(E, D, F, activation=activation, bias=b, rngs=nnx.Rngs(1)) for b in (False, True)
-    ]
-    experts[1].b_in[...] = jax.random.normal(jax.random.key(2), experts[1].b_in.shape)
-    experts[1].b_out[...] = jax.random.normal(jax.random.key(3), experts[1].b_out.shape)
-    return nnx.List([dense, *experts])
+    experts = moejax.Experts(E, D, F, activation=activation, rngs=nnx.Rngs(1))
+    for module in (dense, experts):
+        module.w_in[...] *= 5 if activation == "clamped_swiglu" else 1
+    return nnx.List([dense, experts])
 
 
 def test_every_activation_by_its_formula():
     graphdefs, params = {}, {}
     for name in ACTIVATIONS:
         graphdefs[name], params[name] = nnx.split(modules(name))
-    x, dy = jax.random.normal(jax.random.key(4), (2, T, D)) * np.float32([5, 1])[:, None, None]
+    x, dy = jax.random.normal(jax.random.key(4), (2, T, D))
     ids = jnp.arange(T, dtype=jnp.int32)[:, None] % E
     weights = jax.random.uniform(jax.random.key(5), (T, 1))
 
@@ -42,19 +43,18 @@ def test_every_activation_by_its_formula():
         plan = make_plan(ids, E)
         ys = {}
         for name, graphdef in graphdefs.items():
-            dense, *experts = nnx.merge(graphdef, params[name])
-            ys[name] = dense(x) + sum(module(x, plan, weights) for module in experts)
+            dense, experts = nnx.merge(graphdef, params[name])
+            ys[name] = dense(x) + experts(x, plan, weights)
         return sum(jnp.sum(y * dy) for y in ys.values()), ys
 
     def by_formula(params, x, weights):
         ys = {}
-        for name, (dense, *experts) in params.items():
+        for name, (dense, experts) in params.items():
             y = oracle.ffn(x, dense["w_in"], dense["w_out"], name)
-            for p in experts:
-                for e in range(E):
-                    biases = (p["b_in"][e], p["b_out"][e]) if "b_in" in p else ()
-                    result = oracle.ffn(x, p["w_in"][e], p["w_out"][e], name, *biases)
-                    y += jnp.where(ids == e, weights, 0) * result
+            for e in range(E):
+                y += jnp.where(ids == e, weights, 0) * oracle.ffn(
+                    x, experts["w_in"][e], experts["w_out"][e], name
+                )
             ys[name] = y
         return sum(jnp.sum(y * dy_f64) for y in ys.values()), ys
 
@@ -80,7 +80,7 @@ def test_gradients_at_and_beyond_the_limits_of_the_clamped_one():
     up = jnp.asarray([[0.0, 0.0, 7.0, 8.0, -7.0, -8.0]])
     gate = jnp.asarray([[7.0, 8.0, 1.0, 1.0, 1.0, 1.0]])
     clamped = ACTIVATIONS["clamped_swiglu"].function
-    gradient = jax.grad(lambda hidden: clamped(hidden).sum())(jnp.concatenate([gate, up], axis=1))
+    gradient = jax.jit(jax.grad(lambda hidden: clamped(hidden).sum()))(jnp.concatenate([gate, up], axis=1))
     d_gate, d_up = jnp.split(gradient[0], 2)
     assert [bool(slope) for slope in d_gate[:2]] == [True, False]
     assert [bool(slope) for slope in d_up[2:]] == [True, False, True, False]

@@ -110,12 +110,9 @@ def block(name, p, x):
     """y and the balance loss of one block, of its parameters by name."""
     weights_TE, aux = RESTATED[name](p, x)
     activation, experts, shared = BLOCKS[name].get("experts", "swiglu"), p["experts"], p.get("shared")
-    y = jnp.zeros_like(x)
-    for e in range(E):
-        biases = (experts["b_in"][e], experts["b_out"][e]) if "b_in" in experts else ()
-        y += weights_TE[:, e : e + 1] * oracle.ffn(
-            x, experts["w_in"][e], experts["w_out"][e], activation, *biases
-        )
+    parameters = [experts.get(name) for name in ("w_in", "w_out", "b_in", "b_out")]
+    result_ETD = jax.vmap(lambda *p: oracle.ffn(x, p[0], p[1], activation, *p[2:]))(*parameters)
+    y = jnp.einsum("te,etd->td", weights_TE, result_ETD)
     if shared is not None:
         of_shared = oracle.ffn(x, shared["w_in"], shared["w_out"])
         gate = 1 / (1 + jnp.exp(-x @ shared["w_gate_D1"])) if "w_gate_D1" in shared else 1.0

@@ -121,8 +121,9 @@ def test_values_and_gradients_of_the_losses_and_weights(case, shared):
         tolerance.assert_close(of_parameters["b_E"], dbias, tolerance.ROUTING, case)
     if name == "noisy":
         dnoise = naive.numeric_gradient(lambda w_noise: total(*at[:2], w_noise), at[2], rows=(1, 4))
-        of_rows = (slice(1, 5, 3),)
-        tolerance.assert_close(of_parameters["w_noise_DE"][of_rows], dnoise[of_rows], tolerance.ROUTING, case)
+        difference = (of_parameters["w_noise_DE"] - dnoise)[[1, 4]]
+        largest = np.abs(of_parameters["w_noise_DE"]).max()
+        assert np.abs(difference).max() <= tolerance.F32 * largest, case
 
 
 def assert_same_on(layout, shared):
