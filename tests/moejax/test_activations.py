@@ -65,7 +65,7 @@ def test_every_activation_by_its_formula():
     arguments = wide((by_name(params), x, weights, dy))
     with jax.enable_x64(True):
         *arguments, dy_f64 = jax.tree.map(jnp.asarray, arguments)
-        (_, ys), grads = jax.value_and_grad(by_formula, (0, 1, 2), has_aux=True)(*arguments)
+        (_, ys), grads = jax.jit(jax.value_and_grad(by_formula, (0, 1, 2), has_aux=True))(*arguments)
     expected = {"y": ys, "parameters": grads[0], "x": grads[1], "weights": grads[2]}
     assert_same(actual, wide(expected), tolerance.F32)
 

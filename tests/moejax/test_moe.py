@@ -72,18 +72,6 @@ def test_skewed_load(mesh_size):
     assert int(stats.load_E.max()) > 0.9 * T, "the case is meant to be unbalanced"
 
 
-def test_shadowed_experts_of_a_split_width():
-    # The two experts in most demand never travel, so that a skewed load needs no further rounds.
-    mesh = moejax.make_mesh(expert=2, tensor=2, devices=jax.devices()[:4])
-    plain, shadowed = (
-        assert_equals_oracle(
-            make_layer(2, shadow=count, buffer_factor=CAPACITY_FACTOR), *draw(skew=6.0), mesh=mesh
-        )
-        for count in (0, 2)
-    )
-    assert int(shadowed.rounds) == 1 < int(plain.rounds)
-
-
 @pytest.mark.parametrize("mesh_size", [None, 8])
 def test_masked_tokens_go_nowhere_even_if_nan(mesh_size):
     x, dy = draw()

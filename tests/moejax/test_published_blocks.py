@@ -160,6 +160,7 @@ def test_blocks_of_published_models():
     arguments = wide((pure(params), x, dy))
     with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
         *arguments, dy_f64 = jax.tree.map(jnp.asarray, arguments)
-        (total, ys), (grads, dx) = jax.value_and_grad(restated, argnums=(0, 1), has_aux=True)(*arguments)
+        run = jax.jit(jax.value_and_grad(restated, argnums=(0, 1), has_aux=True))
+        (total, ys), (grads, dx) = run(*arguments)
     expected = wide({"total": total, "y": ys, "parameters": grads, "x": dx})
     assert_same(actual, expected, tolerance.F32)
