@@ -50,6 +50,7 @@ def test_weights_of_one_choice_are_not_normalised():
     # p / p = 1 would leave the router without a gradient from the model's loss.
     layer = make_layer(1)
     assert layer.router.normalize is False
+    assert moejax.make_router("sigmoid", D, E, top_k=1, rngs=nnx.Rngs(0)).normalize is False
     _, _, grads, _ = layer_value_and_grads(layer, *draw())
     assert float(jnp.abs(grads["router"]["w_DE"]).max()) > 0.1
 
