@@ -1,14 +1,12 @@
 """Experts: grouped FFNs over the rows of a plan.
 
-Shapes: T tokens, D model width, F hidden width of an expert, H columns before the activation (2F for SwiGLU),
+Shapes: T tokens, D model width, F hidden width of an expert, H columns before the activation (F; 2F if gated),
 E experts on this device, K experts per token, N rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,38 +20,11 @@ from custom_ops import (
     grouped_matmul_dlhs,
     grouped_matmul_drhs,
     permute,
-    swiglu,
-    swiglu_backward,
     unpermute,
 )
-from moejax.layers import ACTIVATIONS, gelu, init_matrix
+from moejax.activations import Activation, find_activation
+from moejax.layers import init_matrix
 from moejax.mesh import tensor_axes
-
-
-class Activation(NamedTuple):
-    """An expert's activation and what its backward pass needs of it.
-
-    Fields:
-      forward: hidden_NH -> a_NF.
-      backward: (hidden_NH, da_NF, weight_N) -> (weight * a_NF, dh_NH, d_weight_N = <da, a>); see
-        `custom_ops.swiglu_backward`.
-    """
-
-    forward: Callable[[jax.Array], jax.Array]
-    backward: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
-
-
-def _gelu_backward(hidden_NF, da_NF, weight_N):
-    a_NF, vjp = jax.vjp(gelu, hidden_NF)
-    d_weight_N = jnp.sum(da_NF * a_NF.astype(da_NF.dtype), axis=-1)
-    (dh_NF,) = vjp((da_NF * weight_N[:, None]).astype(a_NF.dtype))
-    return (a_NF * weight_N[:, None]).astype(a_NF.dtype), dh_NF, d_weight_N
-
-
-EXPERT_ACTIVATIONS = {
-    "swiglu": Activation(swiglu, swiglu_backward),
-    "gelu": Activation(gelu, _gelu_backward),
-}
 
 
 class Experts(nnx.Module):
@@ -62,8 +33,12 @@ class Experts(nnx.Module):
     Each expert is initialised as the dense FFN it is: the fan-in is that of one expert, not of the stack.
 
     Args:
+      activation: name in `ACTIVATIONS`.
       bias: give each expert a bias before the activation and one of its output, 0 at first. They take the general path
         of single products, which keeps more for backward than the fused one.
+
+    Raises:
+      ValueError: an unknown activation; names the nearest.
     """
 
     def __init__(
@@ -78,9 +53,9 @@ class Experts(nnx.Module):
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
+        parts = find_activation(activation).columns
         self.activation = activation
         self.dtype = dtype
-        parts = ACTIVATIONS[activation][1]
         self.w_in = init_matrix(
             rngs,
             (num_experts, d_model, parts, d_hidden),
@@ -109,14 +84,14 @@ class Experts(nnx.Module):
         w_in_EDH = self.w_in[...].reshape(*self.w_in.shape[:2], -1).astype(self.dtype)
         w_out_EFD = self.w_out[...].astype(self.dtype)
         x_TD = x_TD.astype(self.dtype)
+        activation = find_activation(self.activation)
         if self.b_in is None or self.b_out is None:
-            activation = EXPERT_ACTIVATIONS[self.activation]
             return expert_ffn(activation, x_TD, plan, weights_TK, w_in_EDH, w_out_EFD)
         b_in_EH = self.b_in[...].reshape(w_in_EDH.shape[0], -1)
         rows_ND, sizes = permute(x_TD, plan), plan.group_sizes_P
         hidden_NH = grouped_matmul(rows_ND, w_in_EDH, sizes) + bias_of_rows(rows_ND, b_in_EH, sizes)
         hidden_NH = checkpoint_name(hidden_NH, GROUPED_PRODUCT)  # the sum is kept, and not its two terms
-        a_NF = ACTIVATIONS[self.activation][0](hidden_NH)
+        a_NF = activation.function(hidden_NH)
         b_out_ED = self.b_out[...]
         if (
             parts := tensor_axes()
@@ -155,7 +130,7 @@ def expert_ffn(
 
 def _expert_ffn_forward(activation, x_TD, plan, weights_TK, w_in_EDH, w_out_EFD):
     hidden_NH = grouped_matmul(permute(x_TD, plan), w_in_EDH, plan.group_sizes_P)
-    y_ND = grouped_matmul(activation.forward(hidden_NH), w_out_EFD, plan.group_sizes_P)
+    y_ND = grouped_matmul(activation.of_rows(hidden_NH), w_out_EFD, plan.group_sizes_P)
     y_TD = unpermute(y_ND, plan, weights_TK)
     return y_TD, (x_TD, plan, weights_TK, w_in_EDH, w_out_EFD, hidden_NH)
 
@@ -169,7 +144,7 @@ def _expert_ffn_backward(activation, residuals, dy_TD):
     # With dA' = dY @ w_out.T before weighting: d weight = <dA', A>, dA = weight * dA'.
     dy_ND = permute(dy_TD, plan)
     da_NF = grouped_matmul_dlhs(dy_ND, w_out_EFD, sizes).astype(wide)
-    weighted_a_NF, dh_NH, d_weight_N = activation.backward(hidden_NH, da_NF, weight_N)
+    weighted_a_NF, dh_NH, d_weight_N = activation.backward_of_rows(hidden_NH, da_NF, weight_N)
     dw_out_EFD = grouped_matmul_drhs(weighted_a_NF, dy_ND, sizes)
 
     dw_in_EDH = grouped_matmul_drhs(permute(x_TD, plan), dh_NH, sizes)

@@ -6,13 +6,11 @@ head, V vocabulary, W cache window.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from custom_ops.reference import swiglu
+from moejax.activations import find_activation
 
 _TRUNCATED_STD = 0.87962566  # standard deviation of a unit normal cut at +-2
 
@@ -62,21 +60,15 @@ def rotate(x_BSHh: jax.Array, rotation_BS2f: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BSHh.dtype)
 
 
-def gelu(x_NF: jax.Array) -> jax.Array:
-    """Tanh-approximated GELU (Hendrycks & Gimpel 2016): [..., F] -> [..., F]."""
-    return jax.nn.gelu(x_NF, approximate=True)
-
-
-# Backward keeps what goes into an activation and computes its inner steps again: cheaper than to store them.
-# Name -> (function, number of input columns per hidden column).
-ACTIVATIONS: dict[str, tuple[Callable[[jax.Array], jax.Array], int]] = {
-    "swiglu": (swiglu, 2),  # plain XLA, which a compiler that splits dense layers over devices can split
-    "gelu": (gelu, 1),
-}
-
-
 class FeedForward(nnx.Module):
-    """Dense FFN: x_BSD -> y_BSD."""
+    """Dense FFN: x_BSD -> y_BSD.
+
+    Args:
+      activation: name in `ACTIVATIONS`.
+
+    Raises:
+      ValueError: an unknown activation; names the nearest.
+    """
 
     def __init__(
         self,
@@ -88,9 +80,9 @@ class FeedForward(nnx.Module):
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
+        parts = find_activation(activation).columns
         self.activation = activation
         self.dtype = dtype
-        parts = ACTIVATIONS[activation][1]
         self.w_in = init_matrix(
             rngs, (d_model, parts, d_hidden), axes=("embed", "parts", "hidden"), std=d_model**-0.5
         )
@@ -102,4 +94,4 @@ class FeedForward(nnx.Module):
         """[..., D] -> [..., D]."""
         w_in = self.w_in[...].astype(self.dtype)
         hidden = x.astype(self.dtype) @ w_in.reshape(w_in.shape[0], -1)
-        return ACTIVATIONS[self.activation][0](hidden) @ self.w_out[...].astype(self.dtype)
+        return find_activation(self.activation).function(hidden) @ self.w_out[...].astype(self.dtype)

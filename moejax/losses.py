@@ -57,7 +57,7 @@ def count_tokens(routing: Routing, axes: Sequence[str] = ()) -> jax.Array:
 
 
 def balance_loss(routing: Routing, axes: Sequence[str] = (), *, batch: BatchLoad | None = None) -> jax.Array:
-    """E * sum_e f_e P_e (Switch Transformer, eq. 4; GShard's loss times E), f and P taken over the global batch.
+    """E * sum_e f_e P_e (Switch Transformer, eq. 4; GShard's loss times E^2), f and P taken over the global batch.
 
     f_e is the share of all choices that went to expert e, P_e the mean score of e over all tokens. 1 when balanced,
     up to E when one expert takes all. Finite, and zero, when no token is valid.
@@ -94,7 +94,10 @@ def sequence_balance_loss(routing: Routing, axes: Sequence[str] = (), *, sequenc
 
 
 def importance_loss(routing: Routing, axes: Sequence[str] = ()) -> jax.Array:
-    """Squared coefficient of variation of the experts' summed weights (Shazeer et al. 2017, eq. 6-7)."""
+    """Squared coefficient of variation of the experts' summed weights (Shazeer et al. 2017, eq. 6-7).
+
+    With the variance of the population; FastMoE's is that of a sample, E / (E - 1) times as large.
+    """
     experts_E = jnp.arange(routing.scores_TE.shape[1], dtype=routing.ids_TK.dtype)
     chosen_TKE = routing.ids_TK[:, :, None] == experts_E[None, None, :]
     importance_E = jnp.sum(jnp.where(chosen_TKE, routing.weights_TK[:, :, None], 0), axis=(0, 1))
@@ -104,7 +107,7 @@ def importance_loss(routing: Routing, axes: Sequence[str] = ()) -> jax.Array:
 def load_loss(routing: Routing, axes: Sequence[str] = ()) -> jax.Array:
     """Squared coefficient of variation of the experts' expected load (Shazeer et al. 2017, eq. 10-11).
 
-    Zero where the router knows no chances (without noise).
+    With the variance of the population, as `importance_loss`. Zero where the router knows no chances (without noise).
     """
     if routing.chance_TE is None:
         return jnp.float32(0)

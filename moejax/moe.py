@@ -17,12 +17,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from custom_ops.target import target
+from moejax.activations import find_activation
 from moejax.cost import Link
 from moejax.delivery import check_factor, check_options, deliver
 from moejax.expert_list import ExpertList
 from moejax.experts import Experts
 from moejax.kept import RECEIVED, keeping
-from moejax.layers import FeedForward
 from moejax.levels import check_experts
 from moejax.losses import (
     BatchLoad,
@@ -48,6 +48,7 @@ from moejax.routing import Router, RouterState, Routing, make_router
 from moejax.routing.check import check_routing
 from moejax.routing.router import LinearRouter
 from moejax.shadow import Shadow, replicate_module
+from moejax.shared import beside, make_shared_experts
 from moejax.statistics import Choices, RouterStats, chosen_together, router_stats
 
 # Of the running estimate of the experts' load, per step: half of it is of the last seven steps.
@@ -122,10 +123,10 @@ class MoE(nnx.Module):
       d_model: D.
       d_hidden: F, the hidden width of one expert.
       num_experts: E, over all devices.
-      top_k: K; None takes the router's own.
+      top_k: K; None takes the router's own. A router that is a module must have the same one.
       router: name in `ROUTERS`, or a module `router(x_TD, token_mask_T=, token_ids_T=, key=) -> Routing`.
       router_options: further arguments of the named router.
-      experts: activation of the expert FFNs ("swiglu" or "gelu"), or a module
+      experts: activation of the expert FFNs, name in `ACTIVATIONS`, or a module
         `experts(x_TD, plan, weights_TK) -> y_TD` whose parameters are stacked over the axis "experts", or a list of
         E different modules, see `ExpertList`.
       exchange: how rows travel between devices, name in `EXCHANGES`.
@@ -144,7 +145,9 @@ class MoE(nnx.Module):
         "keep" holds them, "resend" lets backward send them again (on CPU not where there is a loop of rounds, beside
         which nothing could be sent; `moejax.order`).
       expert_bias: give the experts biases; see `Experts`.
-      shared_experts: so many experts' width of dense FFN is added for every token (DeepSeek-MoE).
+      shared_experts: so many experts' width of dense FFN is added for every token (DeepSeekMoE).
+      shared_hidden: the hidden width of that FFN, if it is not `shared_experts * d_hidden` (Qwen2-MoE).
+      shared_gate: multiply its result by a learned sigmoid of the token (Qwen2-MoE).
       balance_weight, z_weight, importance_weight, load_weight: weights of the losses in `stats.aux_loss`; None takes
         the router's own.
       orthogonality_weight: likewise, of the router's matrix; for routers with a linear layer.
@@ -176,6 +179,8 @@ class MoE(nnx.Module):
         wire: str = "none",
         received: str = "keep",
         shared_experts: int = 0,
+        shared_hidden: int | None = None,
+        shared_gate: bool = False,
         balance_weight: float | None = None,
         balance_over: str = "batch",
         z_weight: float | None = None,
@@ -201,9 +206,13 @@ class MoE(nnx.Module):
             router = make_router(router, d_model, num_experts, top_k=top_k, rngs=rngs, **router_options)
         elif router_options:
             raise ValueError(f"{', '.join(router_options)}: options of a router by name; got a router itself")
+        elif top_k is not None and top_k != getattr(router, "top_k", None):
+            allowed = f"the router's own ({router.top_k}) or None" if hasattr(router, "top_k") else "None"
+            raise ValueError(f"top_k = {top_k}: must be {allowed} with a router that is a module")
         ffn = {"out_scale": out_scale, "dtype": dtype, "rngs": rngs}
         activation = experts if isinstance(experts, str) else "swiglu"
         if isinstance(experts, str):
+            find_activation(experts, "experts")
             experts = Experts(num_experts, d_model, d_hidden, activation=experts, bias=expert_bias, **ffn)
         elif expert_bias:
             raise ValueError("expert_bias = True: of experts by name; got experts themselves")
@@ -225,9 +234,9 @@ class MoE(nnx.Module):
             "wire": wire,
             "links": links,
         }
-        self.shared = None
-        if shared_experts:
-            self.shared = FeedForward(d_model, shared_experts * d_hidden, activation=activation, **ffn)
+        self.shared = make_shared_experts(
+            d_model, d_hidden, shared_experts, shared_hidden, shared_gate, activation=activation, **ffn
+        )
         own = getattr(router, "default_losses", Router.default_losses)
         weight = lambda name, given: own.get(name, 0.0) if given is None else given  # noqa: E731
         self.balance_weight, self.balance_over = weight("balance", balance_weight), balance_over
@@ -261,7 +270,7 @@ class MoE(nnx.Module):
         self._check_arguments(x, token_mask, token_ids)
         check_experts(self.num_experts, {axis: ambient_mesh().shape[axis] for axis in expert_axes()})
         flat = lambda a: None if a is None else a.reshape(-1)  # noqa: E731
-        graphdef, params = nnx.split((self.router, self.experts))
+        graphdef, params = nnx.split((self.router, self.experts, self.shared))
 
         sequence_length = x.shape[-2] if x.ndim > 2 else None
         if not x.size:
@@ -287,10 +296,6 @@ class MoE(nnx.Module):
             of_router = self.orthogonality_weight * orthogonality_loss(self.router.w_DE[...])
             stats = replace(stats, aux_loss=stats.aux_loss + of_router)
         y = y_TD.reshape(x.shape)
-        if self.shared is not None:
-            # A masked token enters as 0 and, without biases, leaves as 0.
-            seen = x if token_mask is None else jnp.where(token_mask[..., None], x, 0)
-            y = y + self.shared(seen).astype(x.dtype)
         return y, replace(stats, choices=Choices(together_EE, first_T)) if observe else stats
 
     def _kept(self) -> str:
@@ -328,7 +333,7 @@ class MoE(nnx.Module):
     def _local(self, graphdef, sequence_length, observe, params, replicated, x_TD, mask_T, token_ids_T):
         """One device's tokens; collectives go along the token axes of the mesh, if there are any."""
         key, batch_load, demand_E = replicated
-        router, experts = nnx.merge(graphdef, params)
+        router, experts, shared = nnx.merge(graphdef, params)
         axes = token_axes()
         if mask_T is not None:
             # In backward, 0 times the NaN of a masked token would be NaN.
@@ -345,8 +350,11 @@ class MoE(nnx.Module):
             shadow = Shadow(self.shadow, copy, demand_E)
         # Each device along the tensor axis computes a part of every hidden width: its results are summed once, here,
         # and in backward the gradients of what goes in. Experts that have no such width are whole on every device.
-        parts = tensor_axes() if has_axis(experts, "hidden") else ()
+        are_split = has_axis(experts, "hidden")
+        parts = tensor_axes() if are_split or shared is not None else ()
         own_TD, own_ids_TK, own_weights_TK = make_varying((x_TD, ids_TK, routing.weights_TK), parts)
+        if shared is not None:
+            own_TD, shared = beside(own_TD, shared)
         part_TD, account = deliver(
             own_TD,
             own_ids_TK,
@@ -358,6 +366,11 @@ class MoE(nnx.Module):
             shadow=shadow,
             **self.delivery,
         )
+        if parts and not are_split:
+            part_TD = jnp.where(jax.lax.axis_index(parts) == 0, part_TD, 0)
+        if shared is not None:
+            # A masked token is 0 by now and, without biases, leaves as 0.
+            part_TD += shared(own_TD).astype(part_TD.dtype)
         y_TD = jax.lax.psum(part_TD, parts) if parts else part_TD
         account = make_varying(jax.lax.stop_gradient(account), (*axes, *parts))
         if axes:

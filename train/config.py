@@ -54,7 +54,7 @@ class RoutingConfig:
     orthogonality_weight: float | None = None
     """Weight of the orthogonality loss of the router's matrix: all routers with a linear layer."""
     normalize: bool | None = None
-    """Make a token's combine weights sum to one: topk, noisy, cosine, sinkhorn, swipe, topology, rounded."""
+    """Make a token's combine weights sum to one: topk, noisy, sigmoid, cosine, sinkhorn, swipe, topology, rounded."""
     router_bias: bool | None = None
     """Add a learned bias to the logits: all routers with a linear layer."""
     groups: int | None = None
@@ -72,11 +72,11 @@ class RoutingConfig:
     bias_rate: float | None = None
     """Step of the bias that balances without a loss: sigmoid. Unset: 3 / `steps`, from 0.001 to 0.03."""
     expert_groups: int | None = None
-    """Parts into which the experts are cut: sigmoid."""
+    """Parts into which the experts are cut: topk, sigmoid."""
     limit_groups: int | None = None
-    """Parts in which a token may choose: sigmoid."""
+    """Parts in which a token may choose: topk, sigmoid."""
     scale: float | None = None
-    """Factor on the combine weights: sigmoid."""
+    """Factor on the combine weights: topk, sigmoid."""
     max_experts: int | None = None
     """Most experts of one token: expert_choice, rounded."""
     iterations: int | None = None
@@ -139,6 +139,10 @@ class MoEConfig:
     """Give each expert biases. They cost speed: the experts' products are then not fused."""
     shared_experts: int = 0
     """Experts' widths of dense FFN that every token passes as well."""
+    shared_hidden: int | None = None
+    """Hidden width of that FFN. Unset: `shared_experts` times the width of an expert."""
+    shared_gate: bool = False
+    """Multiply its result by a learned sigmoid of the token."""
     routing: RoutingConfig = field(default_factory=RoutingConfig)
 
 
@@ -156,8 +160,11 @@ class ModelConfig:
     """Key and value heads (grouped-query attention). Unset: `num_heads`."""
     d_hidden: int | None = None
     """Hidden width of a dense FFN. Unset: 8/3 of `d_model`, rounded up to a multiple of 8."""
-    activation: Literal["swiglu", "gelu"] = "swiglu"
-    """Kind of FFN, for dense layers and experts alike."""
+    activation: Literal[
+        "swiglu", "gelu", "gelu_exact", "relu", "relu2", "geglu", "reglu", "clamped_swiglu"
+    ] = "swiglu"
+    """Kind of FFN, for dense layers and experts alike. `gelu` and `geglu` take GELU's tanh approximation, `relu2`
+    squares relu, `clamped_swiglu` is GPT-OSS's."""
     moe_layers: str = "all"
     """Which layers are MoE: `all`, `none`, `odd`, `even`, or their numbers from 0, such as `1,3`."""
     vocab_size: int | None = None

@@ -122,6 +122,11 @@ def moe_layer_numbers(moe_layers: str, num_layers: int) -> tuple[int, ...]:
     return tuple(sorted(numbers))
 
 
+def shared_width(model: ModelConfig) -> int:
+    """Hidden width of the FFN that every token passes beside its experts; 0 where there is none."""
+    return model.moe.shared_hidden or model.moe.shared_experts * hidden_widths(model)[1]
+
+
 def hidden_widths(model: ModelConfig) -> tuple[int, int]:
     """Hidden width of a dense FFN and of an expert, where unset in multiples of 8."""
     from moejax.routing import ROUTERS

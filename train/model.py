@@ -86,6 +86,8 @@ def make_model(
             "received": model.moe.received,
             "expert_bias": model.moe.expert_bias,
             "shared_experts": model.moe.shared_experts,
+            "shared_hidden": model.moe.shared_hidden,
+            "shared_gate": model.moe.shared_gate,
             **_routing_options(config, layer.router),
         }
 

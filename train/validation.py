@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from train.config import MeshConfig, TrainConfig
 from train.errors import ConfigError
 from train.fields import flatten, get, nearest, shown
-from train.layers import MoELayer, hidden_widths, moe_layer_numbers, moe_layers_of
+from train.layers import MoELayer, hidden_widths, moe_layer_numbers, moe_layers_of, shared_width
 
 Rule = tuple[str, Callable[[float], bool]]
 
@@ -59,6 +59,7 @@ RANGES: dict[str, Rule] = {
     "model.moe.chunks": whole(1, 64),  # each is a copy of the layer in the program
     "model.moe.shadow": COUNT_OR_ZERO,
     "model.moe.shared_experts": COUNT_OR_ZERO,
+    "model.moe.shared_hidden": WIDTH,
     "model.moe.d_hidden": WIDTH,
     "model.moe.routing.balance_weight": NOT_NEGATIVE,
     "model.moe.routing.z_weight": NOT_NEGATIVE,
@@ -225,6 +226,10 @@ def _check_moe(config: TrainConfig) -> None:
     _check_options(config, routers)
     for layer in dict.fromkeys((MoELayer(moe.router, moe.num_experts), *layers.values())):
         _check_router(config, layer)
+    for name, is_set in (("hidden", moe.shared_hidden is not None), ("gate", moe.shared_gate)):
+        if is_set and moe.shared_experts == 0:
+            field = f"model.moe.shared_{name}"
+            raise ConfigError(field, get(config, field), "needs model.moe.shared_experts of at least 1")
     for count in sorted({layer.num_experts for layer in layers.values()}):
         _check_number_of_experts(config, count)
 
@@ -259,6 +264,7 @@ def _check_widths(config: TrainConfig, mesh: MeshConfig) -> None:
     # A width that no layer has may be anything.
     in_use = {"model.d_hidden": dense} if len(moe_layers) < model.num_layers else {}
     in_use |= {"model.moe.d_hidden": expert} if moe_layers else {}
+    in_use |= {"model.moe.shared_hidden": shared_width(model)} if moe_layers else {}
     for name, width in in_use.items():
         if width % mesh.tensor:
             raise ConfigError(name, width, f"must be divisible by mesh.tensor ({mesh.tensor})")
@@ -331,11 +337,13 @@ def _check_router(config: TrainConfig, layer: MoELayer) -> None:
 
 def _check_sizes(config: TrainConfig) -> None:
     """Arrays are indexed with 32 bits: what is larger could not be addressed on a device."""
+    from moejax.activations import ACTIVATIONS
+
     model, data = config.model, config.data
     if data.batch_size * data.sequence_length > _MAX_ELEMENTS:
         rule = f"times data.sequence_length ({data.sequence_length}) must be at most {_MAX_ELEMENTS}"
         raise ConfigError("data.batch_size", data.batch_size, rule)
-    columns = 2 if model.activation == "swiglu" else 1
+    columns = ACTIVATIONS[model.activation].columns
     hidden, d_hidden = hidden_widths(model)
     if model.d_model * hidden * columns > _MAX_ELEMENTS:
         rule = f"times model.d_model ({model.d_model}) and {columns} must be at most {_MAX_ELEMENTS}"
@@ -343,6 +351,11 @@ def _check_sizes(config: TrainConfig) -> None:
     layers = moe_layers_of(model)
     if not layers:
         return
+    if model.d_model * shared_width(model) * columns > _MAX_ELEMENTS:
+        field = "model.moe.shared_experts" if model.moe.shared_hidden is None else "model.moe.shared_hidden"
+        factors = "" if model.moe.shared_hidden else f"model.moe.d_hidden ({d_hidden}), "
+        rule = f"times {factors}model.d_model ({model.d_model}) and {columns} must be at most {_MAX_ELEMENTS}"
+        raise ConfigError(field, get(config, field), rule)
     most = max(layer.num_experts for layer in layers.values())
     experts = most // (config.mesh.expert_node * config.mesh.expert)
     if experts * model.d_model * d_hidden * columns > _MAX_ELEMENTS:

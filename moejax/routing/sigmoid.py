@@ -1,6 +1,6 @@
 """Sigmoid scores, balanced without a loss by a bias that only the choice sees.
 
-Shapes: T tokens, D model width, E experts, K experts per token, G groups of experts, L experts per group.
+Shapes: T tokens, D model width, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -11,19 +11,21 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moejax.routing.decision import Routing, only_valid, softmax_of_chosen, top_k_ids, valid_tokens
+from moejax.routing.decision import Routing, only_valid, pick, softmax_of_chosen, top_k_ids, valid_tokens
+from moejax.routing.expert_groups import ExpertGroups
 from moejax.routing.router import BadOption, LinearRouter, RouterState
 
 
 class Sigmoid(LinearRouter):
-    """Top-k of sigmoid(x @ w) + bias, weighted by the sigmoids alone, normalised (DeepSeek-V3, eq. 13-16).
+    """Top-k of sigmoid(x @ w) + bias, weighted by the sigmoids alone (DeepSeek-V3, eq. 13-16).
 
     The bias has no gradient: after each step `balance` raises it for experts with less than the mean load and lowers
     it for the others (Wang et al. 2024, algorithm 1).
 
     Args:
+      normalize: a token's weights sum to `scale`; otherwise they are `scale` times the sigmoids. None: where K > 1.
       bias_rate: step of the bias; 0 leaves it.
-      expert_groups, limit_groups: cut the experts into G groups and choose within `limit_groups` of them only, those of
+      expert_groups, limit_groups: cut the experts into groups and choose within `limit_groups` of them only, those of
         the largest sum of two best scores (DeepSeek-V3, section 2.1.2: node-limited routing).
       scale: factor on the weights (DeepSeek-V3's checkpoints have 2.5).
       router_bias: add a learned bias to the logits.
@@ -38,6 +40,7 @@ class Sigmoid(LinearRouter):
         num_experts: int,
         *,
         top_k: int | None = None,
+        normalize: bool | None = None,
         bias_rate: float = 1e-3,
         expert_groups: int = 1,
         limit_groups: int | None = None,
@@ -46,21 +49,15 @@ class Sigmoid(LinearRouter):
         rngs: nnx.Rngs,
     ):
         super().__init__(d_model, num_experts, top_k, router_bias, rngs)
-        limit_groups = expert_groups if limit_groups is None else limit_groups
-        if expert_groups < 1 or num_experts % expert_groups:
-            raise BadOption("expert_groups", expert_groups, f"must divide num_experts ({num_experts})")
-        if not 1 <= limit_groups <= expert_groups:
-            rule = f"must be between 1 and expert_groups ({expert_groups})"
-            raise BadOption("limit_groups", limit_groups, rule)
-        if (there := limit_groups * (num_experts // expert_groups)) < self.top_k:
-            rule = f"leaves a token {there} experts, fewer than top_k ({self.top_k})"
-            raise BadOption("limit_groups", limit_groups, rule)
+        self.expert_groups = ExpertGroups.of_options(
+            expert_groups, limit_groups, best=2, num_experts=num_experts, top_k=self.top_k
+        )
         if bias_rate < 0:
             raise BadOption("bias_rate", bias_rate, "must be at least 0")
         if not scale > 0:
             raise BadOption("scale", scale, "must be above 0")
         self.bias_rate, self.scale = bias_rate, scale
-        self.expert_groups, self.limit_groups = expert_groups, limit_groups
+        self.normalize = self.top_k > 1 if normalize is None else normalize
         self.selection_bias_E = RouterState(jnp.zeros((num_experts,), jnp.float32), axes=("router",))
 
     def __call__(self, x_TD, *, token_mask_T=None, token_ids_T=None, key=None) -> Routing:
@@ -68,22 +65,16 @@ class Sigmoid(LinearRouter):
         logits_TE = self.logits(x_TD)
         valid_T = valid_tokens(x_TD, token_mask_T)
         sigmoid_TE = jax.nn.sigmoid(logits_TE)
-        eligible_TE = jax.lax.stop_gradient(sigmoid_TE + self.selection_bias_E[...][None, :])
-        if self.limit_groups < self.expert_groups:
-            eligible_TE = self._best_groups(eligible_TE)
-        ids_TK = only_valid(top_k_ids(eligible_TE, self.top_k), valid_T)
-        # s / sum(s) is the softmax of log(s), which has all its digits also where s has none left.
+        ids_TK = top_k_ids(
+            self.expert_groups.open_to(sigmoid_TE + self.selection_bias_E[...][None, :]), self.top_k
+        )
+        ids_TK = only_valid(ids_TK, valid_T)
         log_sigmoid_TE = jax.nn.log_sigmoid(logits_TE)
-        weights_TK = self.scale * softmax_of_chosen(log_sigmoid_TE, ids_TK)
+        weights_TK = self.scale * (
+            # s / sum(s) is the softmax of log(s), which has all its digits also where s has none left.
+            softmax_of_chosen(log_sigmoid_TE, ids_TK) if self.normalize else pick(sigmoid_TE, ids_TK)
+        )
         return Routing(ids_TK, weights_TK, logits_TE, jax.nn.softmax(log_sigmoid_TE, axis=-1), valid_T)
-
-    def _best_groups(self, eligible_TE: jax.Array) -> jax.Array:
-        eligible_TGL = eligible_TE.reshape(eligible_TE.shape[0], self.expert_groups, -1)
-        best = min(2, eligible_TGL.shape[2])
-        score_TG = jnp.sum(jax.lax.top_k(eligible_TGL, best)[0], axis=-1)
-        groups = jax.lax.top_k(score_TG, self.limit_groups)[1]
-        allowed_TG = jnp.any(groups[:, :, None] == jnp.arange(self.expert_groups)[None, None, :], axis=1)
-        return jnp.where(allowed_TG[:, :, None], eligible_TGL, -jnp.inf).reshape(eligible_TE.shape)
 
     def balance(self, load_E: jax.Array) -> None:
         """bias += rate * sign(mean load - load)."""

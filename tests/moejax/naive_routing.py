@@ -77,17 +77,31 @@ def capacity(ids, priority, num_experts, factor, groups):
     return grouped(one, groups, ids, priority)
 
 
-def sigmoid_choice(logits, bias, valid, k, expert_groups, limit_groups):
-    """Over f32 scores, as ties among them are decided by position."""
-    scores = np.asarray(jax.nn.sigmoid(logits)) + bias
+def in_groups(scores, valid, k, expert_groups, limit_groups, best):
+    """The k largest within the groups of experts whose `best` largest scores have the largest sum."""
     size = scores.shape[1] // expert_groups
     ids = []
     for row, ok in zip(scores, valid, strict=True):
         parts = row.reshape(expert_groups, size)
-        best = largest([sum(np.sort(part)[-2:]) for part in parts], limit_groups)
-        row = [s if e // size in best else -np.inf for e, s in enumerate(row)]
+        open_groups = largest([sum(np.sort(part)[-best:]) for part in parts], limit_groups)
+        row = [s if e // size in open_groups else -np.inf for e, s in enumerate(row)]
         ids.append(largest(row, k) if ok else [-1] * k)
     return np.array(ids), np.zeros(len(ids), int)
+
+
+def sigmoid_choice(logits, bias, valid, k, expert_groups, limit_groups):
+    """Over f32 scores, as ties among them are decided by position."""
+    scores = np.asarray(jax.nn.sigmoid(logits)) + bias
+    return in_groups(scores, valid, k, expert_groups, limit_groups, best=2)
+
+
+def chance(clean, noisy, spread, k):
+    """P(expert is among the k largest if only its own noise is drawn again), [T, E]."""
+    chances = np.zeros(clean.shape)
+    for t, e in np.ndindex(clean.shape):
+        rival = np.sort(np.delete(noisy[t], e))[-k]
+        chances[t, e] = 0.5 * math.erfc(-(clean[t, e] - rival) / spread[t, e] / math.sqrt(2))
+    return chances
 
 
 def _choices(takes, scores, most):
@@ -203,11 +217,17 @@ def topology(logits, valid, k, nodes, share, groups):
     return grouped(one, groups, logits, valid, wanted, scores)
 
 
-def numeric_gradient(fn, x, step=1e-6):
-    """Central differences of a scalar function, f64."""
+def numeric_gradient(fn, x, step=1e-6, rows=None):
+    """Central differences of a scalar function, f64.
+
+    Args:
+      rows: of which of the leading indices; None: of all.
+    """
     x = np.asarray(x, np.float64)
     gradient = np.zeros_like(x)
     for index in np.ndindex(x.shape):
+        if rows is not None and index[0] not in rows:
+            continue
         up, down = x.copy(), x.copy()
         up[index] += step
         down[index] -= step

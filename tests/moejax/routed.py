@@ -1,6 +1,7 @@
 """Every router's decision, loss and gradients beside what its NumPy restatement says.
 
-The tests replace the routers' linear layer by the identity, so that x is the logits; D = E.
+The tests replace the matrix of the routers' linear layer by the identity, so that x is the logits but for a bias;
+D = E.
 """
 
 import contextlib
@@ -25,28 +26,66 @@ TOKEN_IDS = np.random.default_rng(7).integers(0, 50_000, T).astype(np.int32)
 # name of the case -> (router, options); options hold for T = 64 and any E that 4 divides.
 CASES = {
     "topk": ("topk", {}),
-    "topk, not normalised": ("topk", {"normalize": False}),
+    "topk, not normalised": ("topk", {"normalize": False, "router_bias": True}),
+    "topk in groups": ("topk", {"expert_groups": 4, "limit_groups": 2, "scale": 2.5}),
     "noisy": ("noisy", {}),
-    "gshard": ("gshard", {"groups": 2, "capacity_factor": 0.7}),
-    "gshard by score": ("gshard", {"groups": 8, "capacity_factor": 0.7, "drop_by": "score"}),
-    "switch": ("switch", {"groups": 4, "capacity_factor": 0.8, "jitter": 0.2}),
+    "noisy, not normalised": ("noisy", {"normalize": False, "router_bias": True}),
+    "gshard": ("gshard", {"groups": 2, "capacity_factor": 0.7, "eval_capacity_factor": 0.9}),
+    "gshard by score": (
+        "gshard",
+        {
+            "groups": 8,
+            "capacity_factor": 0.7,
+            "drop_by": "score",
+            "random_second": False,
+            "router_bias": True,
+        },
+    ),
+    "switch": (
+        "switch",
+        {
+            "groups": 4,
+            "capacity_factor": 0.8,
+            "jitter": 0.2,
+            "eval_capacity_factor": 0.9,
+            "router_bias": True,
+        },
+    ),
     "switch at random": ("switch", {"capacity_factor": 0.8, "drop_by": "random"}),
-    "sigmoid": ("sigmoid", {}),
+    "sigmoid": ("sigmoid", {"normalize": False, "bias_rate": 0.01, "router_bias": True}),
     "sigmoid in groups": ("sigmoid", {"expert_groups": 4, "limit_groups": 2, "scale": 2.5}),
-    "expert_choice": ("expert_choice", {"groups": 2, "max_experts": 3, "eval_capacity_factor": 1.5}),
-    "sinkhorn": ("sinkhorn", {"groups": 2}),
+    "expert_choice": (
+        "expert_choice",
+        {
+            "groups": 2,
+            "max_experts": 3,
+            "capacity_factor": 0.9,
+            "eval_capacity_factor": 1.5,
+            "router_bias": True,
+        },
+    ),
+    "sinkhorn": ("sinkhorn", {"groups": 2, "iterations": 5, "normalize": False, "router_bias": True}),
     "hash": ("hash", {"hash_seed": 3}),
     "random": ("random", {}),
     "one": ("one", {"expert": 3}),
-    "swipe": ("swipe", {"groups": 2, "devices": 4}),
-    "topology": ("topology", {"groups": 4, "nodes": 2, "off_node_share": 0.2}),
+    "swipe": (
+        "swipe",
+        {"groups": 2, "devices": 4, "budget_factor": 1.1, "normalize": False, "router_bias": True},
+    ),
+    "topology": (
+        "topology",
+        {"groups": 4, "nodes": 2, "off_node_share": 0.2, "normalize": False, "router_bias": True},
+    ),
     "rounded up": ("rounded", {"groups": 2, "tile": 4, "rounding": "up"}),
-    "rounded down": ("rounded", {"tile": 4, "rounding": "down"}),
+    "rounded down": (
+        "rounded",
+        {"tile": 4, "rounding": "down", "max_experts": 3, "normalize": False, "router_bias": True},
+    ),
     "rounded": ("rounded", {"tile": 4}),
 }
 
 # Its logits are not x, so it has a test of its own for what it computes.
-COSINE = {"cosine": ("cosine", {})}
+COSINE = {"cosine": ("cosine", {"projection": 5, "normalize": False})}
 
 
 def top_k_of(case, k):
@@ -61,14 +100,30 @@ def build(case, num_experts=E, k=K):
         router.w_noise_DE[...] = jnp.asarray(random.normal(size=(num_experts, num_experts)), jnp.float32)
     if name == "sigmoid":
         router.selection_bias_E[...] = jnp.asarray(random.normal(size=num_experts) * 0.1, jnp.float32)
+    if getattr(router, "b_E", None) is not None:
+        router.b_E[...] = jnp.asarray(random.normal(size=num_experts) * 0.3, jnp.float32)
     return router
+
+
+def without_matrix(router, x_TD):
+    """In place of `LinearRouter.logits`."""
+    x_TD = x_TD.astype(jnp.float32)
+    return x_TD if router.b_E is None else x_TD + router.b_E[...][None, :]
+
+
+def bias_of(router):
+    """Of the logits, 0 where the router has none."""
+    b_E = getattr(router, "b_E", None)
+    return np.zeros(router.num_experts, np.float32) if b_E is None else np.asarray(b_E[...])
 
 
 def expected(case, router, x, valid, training=True):
     """Ids, dropped per token, logits and scores, by the restatement."""
     name, options = CASES[case]
     k, num_experts = router.top_k, router.num_experts
-    x = np.asarray(x, np.float32)
+    given = x = np.asarray(x, np.float32)
+    if name != "switch":
+        x = x + bias_of(router)[None, :]
     if not training and name in ("swipe", "topology", "rounded", "sinkhorn", "noisy"):
         return (*naive.top_k(x, valid, k), x, naive.softmax(x.astype(np.float64)), x)
     keys = jax.random.split(KEY)
@@ -77,7 +132,7 @@ def expected(case, router, x, valid, training=True):
     if name == "noisy":
         normal = naive.draws(jax.random.normal, KEY, len(x), (num_experts,))
         chosen_by = np.asarray(
-            x + normal * np.asarray(jax.nn.softplus(x @ router.w_noise_DE[...])), np.float32
+            x + normal * np.asarray(jax.nn.softplus(given @ router.w_noise_DE[...])), np.float32
         )
     if name == "switch" and training:
         words = naive.draws(jax.random.bits, keys[0], len(x), ((x.shape[1] + 1) // 2,))
@@ -86,7 +141,8 @@ def expected(case, router, x, valid, training=True):
         x = x * (
             1 + options.get("jitter", 0.01) * ((halves.astype(np.float32) + np.float32(0.5)) / 2**15 - 1)
         )
-        chosen_by = x = x.astype(np.float32)
+    if name == "switch":
+        chosen_by = x = x.astype(np.float32) + bias_of(router)[None, :]
     if name == "sigmoid":
         bias = np.asarray(router.selection_bias_E[...])
         in_groups = options.get("expert_groups", 1), options.get("limit_groups", 1)
@@ -95,15 +151,20 @@ def expected(case, router, x, valid, training=True):
         return ids, dropped, x, scores / scores.sum(axis=1, keepdims=True), x
     if name == "expert_choice":
         ids, dropped = naive.expert_choice(
-            x, valid, k, router.max_experts, 1.0 if training else options["eval_capacity_factor"], groups
+            x,
+            valid,
+            k,
+            router.max_experts,
+            options["capacity_factor" if training else "eval_capacity_factor"],
+            groups,
         )
     elif name == "rounded":
         rounding = options.get("rounding", "nearest")
         ids, dropped = naive.rounded(x, valid, k, options["tile"], rounding, router.max_experts, groups)
     elif name == "sinkhorn":
-        ids, dropped = naive.sinkhorn(x, valid, k, 8, groups)
+        ids, dropped = naive.sinkhorn(x, valid, k, options["iterations"], groups)
     elif name == "swipe":
-        ids, dropped = naive.swipe(x, valid, k, options["devices"], 1.0, groups)
+        ids, dropped = naive.swipe(x, valid, k, options["devices"], options["budget_factor"], groups)
     elif name == "topology":
         ids, dropped = naive.topology(x, valid, k, options["nodes"], options["off_node_share"], groups)
     elif name in ("hash", "random", "one"):
@@ -117,10 +178,11 @@ def expected(case, router, x, valid, training=True):
             dropped = np.zeros(len(x), int)
         return ids, dropped, np.zeros_like(x), np.full(x.shape, 1 / num_experts), x
     else:
-        ids, dropped = naive.top_k(chosen_by, valid, k)
+        in_groups = options.get("expert_groups", 1), options.get("limit_groups", 1)
+        ids, dropped = naive.in_groups(chosen_by, valid, k, *in_groups, best=1)
         # In f32, where what is nearly alike may be alike; a second expert that is refused leaves g1 as it was.
         score = naive.combine(np.asarray(jax.nn.softmax(x, axis=-1)), ids, k > 1)
-        if name == "gshard" and training:
+        if name == "gshard" and training and options.get("random_second", True):
             weights = naive.combine(naive.softmax(x.astype(np.float64)), ids, True)
             refused = naive.draws(jax.random.uniform, keys[0], len(x), ()) >= 2 * weights[:, 1]
             ids[refused, 1] = -1
@@ -130,7 +192,7 @@ def expected(case, router, x, valid, training=True):
                 priority = -score
             elif options.get("drop_by") == "random" and training:
                 priority = naive.draws(jax.random.uniform, keys[1], len(x), (k,))
-            factor = options["capacity_factor"] if training else 2.0
+            factor = options["capacity_factor"] if training else options.get("eval_capacity_factor", 2.0)
             ids, dropped = naive.capacity(ids, priority, num_experts, factor, groups)
     return ids, dropped, x, naive.softmax(x.astype(np.float64)), chosen_by
 
@@ -140,21 +202,23 @@ def naive_weights(case, router, chosen_by, ids, wanted):
     name, options = CASES[case]
     if name in ("hash", "random", "one"):
         return np.full(ids.shape, 1 / router.top_k)
+    scale = options.get("scale", 1.0)
     if name == "sigmoid":
+        if not options.get("normalize", router.top_k > 1):
+            return scale * naive.combine(naive.sigmoid(chosen_by), ids, False)
         log_sigmoid = -np.logaddexp(0, -np.asarray(chosen_by, np.float64))
-        weights = naive.combine(naive.softmax_of_chosen(log_sigmoid, ids), ids, True)
-        return options.get("scale", 1.0) * weights
+        return scale * naive.combine(naive.softmax_of_chosen(log_sigmoid, ids), ids, True)
     scores = naive.softmax(np.asarray(chosen_by, np.float64))
     normalize = options.get("normalize", router.top_k > 1) and name != "expert_choice"
     # GShard and Switch weigh before the capacity.
     ids = wanted if name in ("gshard", "switch") else ids
     if normalize:
         scores = naive.softmax_of_chosen(np.asarray(chosen_by, np.float64), ids)
-    return naive.combine(scores, ids, normalize)
+    return scale * naive.combine(scores, ids, normalize)
 
 
 def run_all(routers, x, mask, key=KEY, mesh=None):
-    """Every router's decision, loss and gradients by x, in one compiled program."""
+    """Every router's decision, losses and gradients by x and its parameters, in one compiled program."""
     split = {case: nnx.split(router) for case, router in routers.items()}
     graphdefs = {case: graphdef for case, (graphdef, _) in split.items()}
 
@@ -165,8 +229,8 @@ def run_all(routers, x, mask, key=KEY, mesh=None):
     def local(graphdef, state, key, x, mask, token_ids):
         axes = token_axes()
 
-        def scalar(x):
-            routing = nnx.merge(graphdef, state)(x, token_mask_T=mask, token_ids_T=token_ids, key=key)
+        def scalar(x, state):
+            routing = nnx.merge(graphdef, state, others)(x, token_mask_T=mask, token_ids_T=token_ids, key=key)
             # The same for every token, so that it does not depend on how devices share them.
             cotangent_K = jnp.cos(jnp.arange(routing.weights_TK.shape[1], dtype=jnp.float32))
             weighed = jnp.sum(jnp.where(routing.ids_TK >= 0, routing.weights_TK * cotangent_K[None, :], 0))
@@ -174,10 +238,14 @@ def run_all(routers, x, mask, key=KEY, mesh=None):
             values = losses(routing, axes)
             return weighed + jnp.sum(values), (routing, values)
 
-        (_, (routing, values)), dx = jax.value_and_grad(scalar, has_aux=True)(x)
+        state, others = nnx.state(nnx.merge(graphdef, state), nnx.Param, ...)
+        grad = jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True)
+        (_, (routing, values)), (dx, of_parameters) = grad(x, state)
+        of_parameters = jax.tree.map(lambda g: jax.lax.psum(g, axes) if axes else g, of_parameters)
         dropped = jnp.zeros(x.shape[:1], jnp.int32) if routing.dropped_T is None else routing.dropped_T
         per_token = {"ids": routing.ids_TK, "weights": routing.weights_TK, "logits": routing.logits_TE}
-        return per_token | {"scores": routing.scores_TE, "dropped": dropped, "dx": dx}, values
+        per_token |= {"scores": routing.scores_TE, "dropped": dropped, "dx": dx}
+        return per_token, (values, nnx.to_pure_dict(of_parameters))
 
     def program(states, x, mask, token_ids):
         return {
@@ -199,7 +267,8 @@ def run_all(routers, x, mask, key=KEY, mesh=None):
         arrays = (jnp.asarray(x), jnp.asarray(mask), token_ids)
         if mesh:
             arrays = jax.device_put(arrays, token_sharding(mesh))
-        return jax.device_get(jax.jit(program)(states, *arrays))
+        results = jax.device_get(jax.jit(program)(states, *arrays))
+        return {case: (ours, *of_all) for case, (ours, of_all) in results.items()}
 
 
 def draw_logits(kind="plain", tokens=T, num_experts=E, seed=0):
@@ -222,7 +291,7 @@ def mask_of(tokens=T):
 def check_against_naive(routers, x, mask, training=True, results=None):
     results = results or run_all(routers, x, mask, KEY if training else None)
     for case, router in routers.items():
-        ours, _ = results[case]
+        ours, *_ = results[case]
         ids, dropped, logits, scores, chosen_by = expected(case, router, x, mask, training)
         np.testing.assert_array_equal(ours["ids"], ids, err_msg=case)
         np.testing.assert_array_equal(ours["dropped"], dropped, err_msg=case)

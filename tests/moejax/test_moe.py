@@ -39,7 +39,7 @@ def test_equals_oracle_on_every_layout(layout):
 
 @pytest.mark.parametrize(
     "options",
-    [{"top_k": 1}, {"top_k": 3}, {"top_k": 8, "normalize": False}, {"top_k": 2, "experts": "gelu"}],
+    [{"top_k": 1}, {"top_k": 3}, {"top_k": 8, "normalize": False}],
     ids=str,
 )
 def test_equals_oracle_without_mesh(options):
@@ -50,6 +50,7 @@ def test_weights_of_one_choice_are_not_normalised():
     # p / p = 1 would leave the router without a gradient from the model's loss.
     layer = make_layer(1)
     assert layer.router.normalize is False
+    assert moejax.make_router("sigmoid", D, E, top_k=1, rngs=nnx.Rngs(0)).normalize is False
     _, _, grads, _ = layer_value_and_grads(layer, *draw())
     assert float(jnp.abs(grads["router"]["w_DE"]).max()) > 0.1
 
@@ -70,18 +71,6 @@ def test_skewed_load(mesh_size):
     mesh = mesh_size and moejax.make_mesh(expert=mesh_size, devices=jax.devices()[:mesh_size])
     stats = assert_equals_oracle(make_layer(2), *draw(skew=6.0), mesh=mesh)
     assert int(stats.load_E.max()) > 0.9 * T, "the case is meant to be unbalanced"
-
-
-def test_shadowed_experts_of_a_split_width():
-    # The two experts in most demand never travel, so that a skewed load needs no further rounds.
-    mesh = moejax.make_mesh(expert=2, tensor=2, devices=jax.devices()[:4])
-    plain, shadowed = (
-        assert_equals_oracle(
-            make_layer(2, shadow=count, buffer_factor=CAPACITY_FACTOR), *draw(skew=6.0), mesh=mesh
-        )
-        for count in (0, 2)
-    )
-    assert int(shadowed.rounds) == 1 < int(plain.rounds)
 
 
 @pytest.mark.parametrize("mesh_size", [None, 8])
@@ -217,6 +206,17 @@ def test_expert_init_has_the_fan_in_of_one_expert():
         ),
         ({"top_k": 1, "num_experts": 0}, "num_experts = 0: must be an integer of at least 1"),
         ({"top_k": 1, "shared_experts": -1}, "shared_experts = -1: must be an integer of at least 0"),
+        ({"top_k": 1, "shared_hidden": 8}, "shared_hidden = 8: needs shared_experts of at least 1"),
+        ({"top_k": 1, "shared_gate": True}, "shared_gate = True: needs shared_experts of at least 1"),
+        (
+            {"top_k": 1, "shared_experts": 1, "shared_hidden": 0},
+            "shared_hidden = 0: must be an integer of at least 1",
+        ),
+        ({"top_k": 1, "shared_expert": 1}, "shared_expert = 1: router topk has no such option"),
+        (
+            {"top_k": 3, "router": moejax.TopK(D, E, top_k=2, rngs=nnx.Rngs(0))},
+            r"top_k = 3: must be the router's own \(2\) or None with a router that is a module",
+        ),
         ({"top_k": 1, "shadow": 9}, r"shadow = 9: must be at most num_experts \(8\)"),
     ],
 )
@@ -294,37 +294,6 @@ def test_experts_that_the_mesh_does_not_divide_are_refused():
         pytest.raises(ValueError, match=r"num_experts = 12: must be a multiple of mesh axis 'expert' \(8\)"),
     ):
         make_layer(1, num_experts=12)(draw()[0])
-
-
-@pytest.mark.parametrize(("activation", "layout"), [("swiglu", (1, 4, 2)), ("gelu", None)], ids=str)
-def test_expert_biases_equal_every_expert_applied_to_every_token(activation, layout):
-    layer = make_layer(2, experts=activation, expert_bias=True)
-    for number, bias in enumerate((layer.experts.b_in, layer.experts.b_out)):
-        bias[...] = jax.random.normal(jax.random.key(number), bias.shape)
-    x, dy = draw()
-    mesh = layout and moejax.make_mesh(data=layout[0], expert=layout[1], tensor=layout[2])
-
-    def dense(layer, x):
-        routing, experts = layer.router(x), layer.experts
-        y = jnp.zeros_like(x)
-        for e in range(E):
-            hidden = x @ experts.w_in[e].reshape(D, -1) + experts.b_in[e].reshape(1, -1)
-            a = jax.nn.gelu(hidden) if activation == "gelu" else jax.nn.silu(hidden[:, :F]) * hidden[:, F:]
-            weight = jnp.sum(jnp.where(routing.ids_TK == e, routing.weights_TK, 0), axis=1, keepdims=True)
-            y += weight * (a @ experts.w_out[e] + experts.b_out[e][None, :])
-        aux = 0.3 * moejax.losses.balance_loss(routing) + 0.1 * moejax.losses.z_loss(routing)
-        return jnp.sum(y * dy) + aux, y
-
-    graphdef, params = nnx.split(layer)
-    (_, expected), grads = jax.jit(
-        jax.value_and_grad(lambda p, x: dense(nnx.merge(graphdef, p), x), argnums=(0, 1), has_aux=True)
-    )(params, x)
-    y, _, actual, dx = layer_value_and_grads(layer, x, dy, mesh=mesh)
-    tolerance.assert_close(y, expected, tolerance.F32, "y")
-    tolerance.assert_close(dx, grads[1], tolerance.F32, "x")
-    for name in ("w_in", "w_out", "b_in", "b_out"):
-        reference = nnx.to_pure_dict(grads[0])["experts"][name]
-        tolerance.assert_close(actual["experts"][name], reference, tolerance.F32, name)
 
 
 @pytest.mark.parametrize(

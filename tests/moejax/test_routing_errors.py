@@ -24,6 +24,17 @@ from tests.moejax.routed import KEY, E, T, draw_logits
         ("switch", {"drop_by": "luck"}, "drop_by = luck: must be one of position, score, random"),
         ("switch", {"jitter": 1.0}, "jitter = 1.0: must be at least 0 and below 1"),
         ("sigmoid", {"expert_groups": 3}, r"expert_groups = 3: must divide num_experts \(8\)"),
+        (
+            "topk",
+            {"expert_groups": 4, "limit_groups": 5},
+            "limit_groups = 5: must be between 1 and expert_groups",
+        ),
+        (
+            "topk",
+            {"expert_groups": 4, "limit_groups": 1, "top_k": 3},
+            "limit_groups = 1: leaves a token 2 experts",
+        ),
+        ("topk", {"scale": 0.0}, "scale = 0.0: must be above 0"),
         ("sigmoid", {"expert_groups": 8, "limit_groups": 1}, "limit_groups = 1: leaves a token 1 experts"),
         ("swipe", {"devices": 5}, "devices = 5: must divide num_experts"),
         ("swipe", {"budget_factor": 0.5}, "budget_factor = 0.5: must be at least 1"),

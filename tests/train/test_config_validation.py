@@ -104,6 +104,18 @@ BROKEN = [
         "mesh.fsdp=true model.d_model=132 model.num_heads=2",
         "mesh.fsdp = True: needs model.d_model (132) to be divisible by",
     ),
+    (
+        "mesh.tensor=8 model.moe.shared_experts=1 model.moe.shared_hidden=12",
+        "model.moe.shared_hidden = 12: must be divisible by mesh.tensor (8)",
+    ),
+    (
+        "model.moe.shared_hidden=12",
+        "model.moe.shared_hidden = 12: needs model.moe.shared_experts of at least 1",
+    ),
+    (
+        "model.moe.shared_gate=true",
+        "model.moe.shared_gate = True: needs model.moe.shared_experts of at least 1",
+    ),
     ("model.moe.shadow=9", "model.moe.shadow = 9: must be between 0 and model.moe.num_experts (8), or auto"),
     ("model.moe.capacity_factor=0", "model.moe.capacity_factor = 0.0: must be a positive finite number"),
     (
@@ -202,6 +214,14 @@ def test_moe_layer_numbers_refuses(text):
         (
             {"model.moe.num_experts": "1048576", "model.moe.d_hidden": "100000"},
             r"model.moe.d_hidden = 100000: times experts of a device \(1048576\), model.d_model \(128\) and 2",
+        ),
+        (
+            {"model.moe.shared_experts": "1000000"},
+            r"model.moe.shared_experts = 1000000: times model.moe.d_hidden \(176\), model.d_model \(128\) and 2",
+        ),
+        (
+            {"model.moe.shared_experts": "1", "model.d_model": "1024", "model.moe.shared_hidden": "1048576"},
+            r"model.moe.shared_hidden = 1048576: times model.d_model \(1024\) and 2 must be",
         ),
     ],
 )

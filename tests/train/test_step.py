@@ -55,7 +55,7 @@ def test_layouts_train_alike(layout):
 )
 def test_no_collective_runs_beside_a_loop_of_rounds(case):
     run = small.config(mesh=MeshConfig(fsdp=case.get("fsdp", False)))
-    moe = dataclasses.replace(run.model.moe, shadow=1)
+    moe = dataclasses.replace(run.model.moe, shadow=1, shared_experts=1, shared_gate=True)
     model = dataclasses.replace(
         run.model, num_layers=case.get("layers", 2), remat=case.get("remat", "none"), moe=moe
     )
