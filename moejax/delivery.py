@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,30 @@ from moejax.wire import WIRES, row_bytes
 OVERFLOWS = ("rounds", "drop")
 # Largest load of an expert under "drop", in units of the mean load (Switch Transformer, section 3.1).
 DROP_CAPACITY_FACTOR = 1.25
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a layer's rows are delivered: those arguments of `deliver` that a layer fixes when it is built.
+
+    Hashable, as everything static in an NNX module must be: otherwise its graphdef could not be hashed.
+
+    Fields:
+      links: (mesh axis, link) pairs, as `dict.items` gives them.
+
+    The other fields are as of `deliver`.
+    """
+
+    exchange: str = "all_to_all"
+    overflow: str = "rounds"
+    capacity_factor: float | None = None
+    chunks: int = 1
+    wire: str = "none"
+    links: tuple[tuple[str, Link], ...] | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments for `deliver` and `levels_of`."""
+        return vars(self) | {"links": None if self.links is None else dict(self.links)}
 
 
 class Account(NamedTuple):

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from custom_ops.target import target
 from moejax.cost import Link
-from moejax.delivery import check_factor, check_options, deliver
+from moejax.delivery import Options, check_factor, check_options, deliver
 from moejax.expert_list import ExpertList
 from moejax.experts import Experts
 from moejax.kept import RECEIVED, keeping
@@ -217,17 +217,10 @@ class MoE(nnx.Module):
         self.received = received
         keeps = shadow or keep_demand
         self.demand_E = RouterState(jnp.zeros(num_experts), axes=("router",)) if keeps else None
-        self.delivery: dict[str, Any] = {
-            "exchange": exchange,
-            "overflow": overflow,
-            "capacity_factor": buffer_factor,
-            "chunks": chunks,
-            "wire": wire,
-            "links": links,
-        }
-        self.shared = None
-        if shared_experts:
-            self.shared = FeedForward(d_model, shared_experts * d_hidden, activation=activation, **ffn)
+        paired_links = None if links is None else tuple(links.items())
+        self.delivery = Options(exchange, overflow, buffer_factor, chunks, wire, paired_links)
+        shared = partial(FeedForward, d_model, shared_experts * d_hidden, activation=activation, **ffn)
+        self.shared = shared() if shared_experts else None
         own = getattr(router, "default_losses", Router.default_losses)
         weight = lambda name, given: own.get(name, 0.0) if given is None else given  # noqa: E731
         self.balance_weight, self.balance_over = weight("balance", balance_weight), balance_over
@@ -291,7 +284,7 @@ class MoE(nnx.Module):
         return y, replace(stats, choices=Choices(together_EE, first_T)) if observe else stats
 
     def _kept(self) -> str:
-        may_loop = self.delivery["overflow"] == "rounds" and self.delivery["capacity_factor"] is not None
+        may_loop = self.delivery.overflow == "rounds" and self.delivery.capacity_factor is not None
         return "keep" if may_loop and target().platform == "cpu" else self.received
 
     def _check_arguments(self, x, token_mask, token_ids) -> None:
@@ -353,7 +346,7 @@ class MoE(nnx.Module):
             axes=expert_axes(),
             token_axes=axes,
             shadow=shadow,
-            **self.delivery,
+            **self.delivery.arguments(),
         )
         y_TD = jax.lax.psum(part_TD, parts) if parts else part_TD
         account = make_varying(jax.lax.stop_gradient(account), (*axes, *parts))
