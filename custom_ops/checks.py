@@ -173,7 +173,7 @@ def random_key(argument: str, value: Any) -> Any:
 def checked(rules: Mapping[str, Rule]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorator: the function gets its arguments as the rules return them.
 
-    None passes where the argument's annotation allows it. `self`, `*args` and `**kwargs` have no rule; a function that
+    None passes where it is the default or the annotation allows it. `self`, `*args` and `**kwargs` have no rule; a function that
     has any other argument without one cannot be decorated.
     """
 
@@ -183,7 +183,7 @@ def checked(rules: Mapping[str, Rule]) -> Callable[[Callable[P, R]], Callable[P,
         named = {n: p for n, p in signature.parameters.items() if n != "self" and p.kind not in kinds}
         if missing := [name for name in named if name not in rules]:
             raise TypeError(f"{fn.__qualname__} has arguments without a rule: {', '.join(missing)}")
-        may_be_none = {name for name, parameter in named.items() if "None" in str(parameter.annotation)}
+        may_be_none = {n for n, p in named.items() if p.default is None or "None" in str(p.annotation)}
 
         @functools.wraps(fn)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -26,6 +26,7 @@ from custom_ops import (
     swiglu_backward,
     unpermute,
 )
+from moejax.arguments import checked, instance_of, one_of, require
 from moejax.layers import ACTIVATIONS, gelu, init_matrix
 from moejax.mesh import tensor_axes
 
@@ -66,6 +67,7 @@ class Experts(nnx.Module):
         of single products, which keeps more for backward than the fused one.
     """
 
+    @checked(activation=one_of(EXPERT_ACTIVATIONS))
     def __init__(
         self,
         num_experts: int,
@@ -104,8 +106,11 @@ class Experts(nnx.Module):
         self.b_in = zeros(parts, d_hidden, axes=("parts", "hidden"))
         self.b_out = zeros(d_model, axes=("embed",))
 
+    @checked(plan=instance_of(DispatchPlan, "a DispatchPlan, as make_plan returns it"))
     def __call__(self, x_TD: jax.Array, plan: DispatchPlan, weights_TK: jax.Array) -> jax.Array:
         """Sum over a token's choices of weight * expert(x): [T, D]."""
+        D = self.w_in.shape[1]
+        require(x_TD.shape[1] == D, "x_TD", x_TD, f"must be [T, {D}], as wide as the experts' d_model")
         w_in_EDH = self.w_in[...].reshape(*self.w_in.shape[:2], -1).astype(self.dtype)
         w_out_EFD = self.w_out[...].astype(self.dtype)
         x_TD = x_TD.astype(self.dtype)

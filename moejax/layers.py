@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from custom_ops.reference import swiglu
+from moejax.arguments import checked, one_of, require
+from moejax.mesh import LOGICAL_AXES
 
 _TRUNCATED_STD = 0.87962566  # standard deviation of a unit normal cut at +-2
 
@@ -39,11 +41,15 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float = 1e-6) -> jax.Array:
 class RMSNorm(nnx.Module):
     """`rms_norm` with a learned scale; backward keeps only its input."""
 
+    @checked(axis=one_of(LOGICAL_AXES))
     def __init__(self, width: int, *, axis: str = "embed"):
         self.scale = nnx.Param(jnp.ones((width,), jnp.float32), axes=(axis,))
 
+    @checked()
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., width] -> [..., width], same dtype."""
+        width = self.scale.shape[-1]
+        require(x.shape[-1] == width, "x", x, f"must be [..., {width}], as wide as the norm's width")
         return jax.checkpoint(rms_norm)(x, self.scale[...])
 
 
@@ -78,6 +84,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[jax.Array], jax.Array], int]] = {
 class FeedForward(nnx.Module):
     """Dense FFN: x_BSD -> y_BSD."""
 
+    @checked(activation=one_of(ACTIVATIONS))
     def __init__(
         self,
         d_model: int,
@@ -98,8 +105,11 @@ class FeedForward(nnx.Module):
             rngs, (d_hidden, d_model), axes=("hidden", "embed"), std=out_scale * d_hidden**-0.5
         )
 
+    @checked()
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D]."""
+        d_model = self.w_in.shape[0]
+        require(x.shape[-1] == d_model, "x", x, f"must be [..., {d_model}], as wide as the layer's d_model")
         w_in = self.w_in[...].astype(self.dtype)
         hidden = x.astype(self.dtype) @ w_in.reshape(w_in.shape[0], -1)
         return ACTIVATIONS[self.activation][0](hidden) @ self.w_out[...].astype(self.dtype)

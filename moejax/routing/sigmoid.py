@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moejax.arguments import checked
 from moejax.routing.decision import Routing, only_valid, softmax_of_chosen, top_k_ids, valid_tokens
 from moejax.routing.router import BadOption, LinearRouter, RouterState
 
@@ -32,6 +33,7 @@ class Sigmoid(LinearRouter):
     # The bias balances; the loss is only to be asked for, for instance per sequence with a weight of 1e-4.
     default_losses: ClassVar[dict[str, float]] = {}
 
+    @checked()
     def __init__(
         self,
         d_model: int,
@@ -47,22 +49,19 @@ class Sigmoid(LinearRouter):
     ):
         super().__init__(d_model, num_experts, top_k, router_bias, rngs)
         limit_groups = expert_groups if limit_groups is None else limit_groups
-        if expert_groups < 1 or num_experts % expert_groups:
+        if num_experts % expert_groups:
             raise BadOption("expert_groups", expert_groups, f"must divide num_experts ({num_experts})")
-        if not 1 <= limit_groups <= expert_groups:
+        if limit_groups > expert_groups:
             rule = f"must be between 1 and expert_groups ({expert_groups})"
             raise BadOption("limit_groups", limit_groups, rule)
         if (there := limit_groups * (num_experts // expert_groups)) < self.top_k:
             rule = f"leaves a token {there} experts, fewer than top_k ({self.top_k})"
             raise BadOption("limit_groups", limit_groups, rule)
-        if bias_rate < 0:
-            raise BadOption("bias_rate", bias_rate, "must be at least 0")
-        if not scale > 0:
-            raise BadOption("scale", scale, "must be above 0")
         self.bias_rate, self.scale = bias_rate, scale
         self.expert_groups, self.limit_groups = expert_groups, limit_groups
         self.selection_bias_E = RouterState(jnp.zeros((num_experts,), jnp.float32), axes=("router",))
 
+    @checked()
     def __call__(self, x_TD, *, token_mask_T=None, token_ids_T=None, key=None) -> Routing:
         """As `Router`; nothing is drawn."""
         logits_TE = self.logits(x_TD)
@@ -85,6 +84,7 @@ class Sigmoid(LinearRouter):
         allowed_TG = jnp.any(groups[:, :, None] == jnp.arange(self.expert_groups)[None, None, :], axis=1)
         return jnp.where(allowed_TG[:, :, None], eligible_TGL, -jnp.inf).reshape(eligible_TE.shape)
 
+    @checked()
     def balance(self, load_E: jax.Array) -> None:
         """bias += rate * sign(mean load - load)."""
         load_E = load_E.astype(jnp.float32)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from flax import nnx
 
+from moejax.arguments import checked
 from moejax.routing.decision import Routing, only_valid, softmax_top_k, valid_tokens
 from moejax.routing.router import LinearRouter
 
@@ -20,6 +21,7 @@ class TopK(LinearRouter):
       router_bias: add a learned bias to the logits.
     """
 
+    @checked()
     def __init__(
         self,
         d_model: int,
@@ -33,6 +35,7 @@ class TopK(LinearRouter):
         super().__init__(d_model, num_experts, top_k, router_bias, rngs)
         self.normalize = self.top_k > 1 if normalize is None else normalize
 
+    @checked()
     def __call__(self, x_TD, *, token_mask_T=None, token_ids_T=None, key=None) -> Routing:
         """As `Router`; nothing is drawn."""
         logits_TE = self.logits(x_TD)
