@@ -173,8 +173,8 @@ def random_key(argument: str, value: Any) -> Any:
 def checked(rules: Mapping[str, Rule]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorator: the function gets its arguments as the rules return them.
 
-    None passes where it is the default or the annotation allows it. `self`, `*args` and `**kwargs` have no rule; a function that
-    has any other argument without one cannot be decorated.
+    None passes where it is the default or the annotation allows it. `self`, `*args` and `**kwargs` have no rule; a
+    function that has any other argument without one cannot be decorated.
     """
 
     def decorate(fn: Callable[P, R]) -> Callable[P, R]:

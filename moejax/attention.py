@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moejax.arguments import checked, instance_of, require
+from custom_ops.checks import instance_of, require
+from moejax.arguments import checked
 from moejax.layers import RMSNorm, init_matrix, rms_norm, rotate, rotation
 
 

@@ -14,15 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moejax.arguments import (
-    POSITIVE_OR_INFINITE,
-    BadArgument,
-    checked,
-    function,
-    instance_of,
-    one_of,
-    require,
-)
+from custom_ops.checks import BadArgument, function, instance_of, one_of, require
+from moejax.arguments import POSITIVE_OR_INFINITE, checked
 from moejax.capacity import within_capacity
 from moejax.cost import Link
 from moejax.dispatch import ExpertsFn, dispatch

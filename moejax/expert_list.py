@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from custom_ops import DispatchPlan
-from moejax.arguments import checked, require
+from custom_ops.checks import require
+from moejax.arguments import checked
 from moejax.mesh import expert_axes
 
 

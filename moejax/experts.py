@@ -26,7 +26,8 @@ from custom_ops import (
     swiglu_backward,
     unpermute,
 )
-from moejax.arguments import checked, instance_of, one_of, require
+from custom_ops.checks import instance_of, one_of, require
+from moejax.arguments import checked
 from moejax.layers import ACTIVATIONS, gelu, init_matrix
 from moejax.mesh import tensor_axes
 

@@ -14,7 +14,8 @@ from custom_ops import grouped_matmul as grouped_matmul
 from custom_ops import make_plan as make_plan
 from custom_ops import permute as permute
 from custom_ops import unpermute as unpermute
-from moejax.arguments import POSITIVE_OR_INFINITE, BadArgument, checked, function, one_of, require
+from custom_ops.checks import BadArgument, function, one_of, require
+from moejax.arguments import POSITIVE_OR_INFINITE, checked
 from moejax.delivery import Account as Account
 from moejax.delivery import deliver as deliver
 from moejax.dispatch import ExpertsFn

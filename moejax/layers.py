@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from custom_ops.checks import one_of, require
 from custom_ops.reference import swiglu
-from moejax.arguments import checked, one_of, require
+from moejax.arguments import checked
 from moejax.mesh import LOGICAL_AXES
 
 _TRUNCATED_STD = 0.87962566  # standard deviation of a unit normal cut at +-2

@@ -10,8 +10,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from custom_ops.checks import BadArgument
 from custom_ops.target import target
-from moejax.arguments import BadArgument
 from moejax.cost import NETWORK, NVLINK, Link, cheapest_exchange, share_of_tokens
 from moejax.exchange import AllGather, AllToAll, Exchange
 from moejax.mesh import EXPERT_AXES

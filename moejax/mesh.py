@@ -13,8 +13,9 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from custom_ops.checks import BadArgument, require
 from custom_ops.varying import varying_axes
-from moejax.arguments import SIZE, BadArgument, checked, require
+from moejax.arguments import SIZE, checked
 
 # Mesh axes, outermost first. Experts are split over the expert axes, tokens over those and `data`, the hidden width of
 # FFNs over `tensor`.

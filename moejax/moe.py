@@ -16,12 +16,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from custom_ops.checks import BadArgument, instance_of, one_of, require
 from custom_ops.target import target
-from moejax.arguments import BadArgument, checked, instance_of, one_of, require
+from moejax.arguments import checked
 from moejax.cost import Link
 from moejax.delivery import OVERFLOWS, Options, deliver
 from moejax.expert_list import ExpertList
-from moejax.experts import Experts
+from moejax.experts import EXPERT_ACTIVATIONS, Experts
 from moejax.kept import RECEIVED, keeping
 from moejax.layers import FeedForward
 from moejax.levels import EXCHANGES, check_experts
@@ -205,6 +206,7 @@ class MoE(nnx.Module):
         ffn = {"out_scale": out_scale, "dtype": dtype, "rngs": rngs}
         activation = experts if isinstance(experts, str) else "swiglu"
         if isinstance(experts, str):
+            one_of(EXPERT_ACTIVATIONS)("experts", experts)
             experts = Experts(num_experts, d_model, d_hidden, activation=experts, bias=expert_bias, **ffn)
         elif expert_bias:
             raise BadArgument(

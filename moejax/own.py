@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 
-from moejax.arguments import BadArgument, array, jnp, require
+from custom_ops.checks import BadArgument, array, require
 from moejax.routing import ROUTERS, LinearRouter, router_options
 
 
@@ -63,19 +64,15 @@ def check_own_experts(experts: Any, num_experts: int) -> None:
             require(count == num_experts, "experts", type(experts), rule)
 
 
-def refuse_unknown(router: str, options: Iterable[str] | Mapping[str, Any], layer: type) -> None:
+def refuse_unknown(router: str, options: Mapping[str, Any], layer: type) -> None:
     """Refuse what is neither an argument of the layer nor an option of its router, with the nearest of both.
 
     Raises:
       ValueError: names the argument.
     """
     known = router_options(router) if router in ROUTERS else ()
-    own = [
-        name
-        for name in inspect.signature(layer.__init__).parameters
-        if name not in ("self", "router_options")
-    ]
-    for option, value in dict(options).items():
+    own = [name for name in inspect.signature(layer).parameters if name != "router_options"]
+    for option, value in options.items():
         if router in ROUTERS and option not in known:
             near = difflib.get_close_matches(option, [*known, *own], n=1, cutoff=0.0)
             has = f"its options are {', '.join(known)}" if known else "it has none"

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from moejax.arguments import BadArgument, checked, instance_of, one_of, require
+from custom_ops.checks import BadArgument, instance_of, one_of, require
+from moejax.arguments import checked
 from moejax.attention import Attention, KVCache
 from moejax.layers import ACTIVATIONS, FeedForward, RMSNorm, init_matrix
 from moejax.losses import BatchLoad, cross_entropy

@@ -7,7 +7,8 @@ from typing import Any
 
 from flax import nnx
 
-from moejax.arguments import checked, one_of
+from custom_ops.checks import one_of
+from moejax.arguments import checked
 from moejax.routing.cosine import Cosine as Cosine
 from moejax.routing.decision import ROUTING_DECISION as ROUTING_DECISION
 from moejax.routing.decision import Routing as Routing

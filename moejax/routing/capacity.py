@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moejax.arguments import one_of
+from custom_ops.checks import one_of
 from moejax.routing.decision import keep_decision
 from moejax.routing.groups import by_group, draw
 

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moejax.arguments import checked, require
+from custom_ops.checks import require
+from moejax.arguments import checked
 from moejax.layers import init_matrix
 from moejax.routing.decision import Routing, only_valid, softmax_top_k, valid_tokens
 from moejax.routing.router import Router

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moejax.arguments import require
+from custom_ops.checks import require
 
 ROUTING_DECISION = "moejax_routing_decision"
 

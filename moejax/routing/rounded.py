@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moejax.arguments import checked, one_of
+from custom_ops.checks import one_of
+from moejax.arguments import checked
 from moejax.routing.decision import (
     Routing,
     combine_weights,

@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moejax.arguments import BadArgument as BadOption
-from moejax.arguments import checked, require
+from custom_ops.checks import BadArgument, require
+from moejax.arguments import checked
 from moejax.layers import init_matrix
 from moejax.routing.decision import Routing
+
+BadOption = BadArgument  # as the routers and their callers name it
 
 
 class RouterState(nnx.Variable):
