@@ -46,16 +46,10 @@ WHOLE_RUN = SMALL | {
     "model.moe.exchange": "all_gather",
     "model.moe.overflow": "drop",
     "model.moe.capacity_factor": 1.5,
-    "model.moe.chunks": 2,
-    "model.moe.shadow": 1,
     "model.moe.wire": "bf16",
-    "model.moe.received": "resend",
     "model.moe.expert_bias": True,
     "model.moe.shared_experts": 1,
-    "optimizer.name": "muon",
     "optimizer.learning_rate": 2e-3,
-    "optimizer.adam_learning_rate": 5e-4,
-    "optimizer.muon_iterations": 1,
     "optimizer.schedule": "wsd",
     "optimizer.warmup_steps": 1,
     "optimizer.decay_fraction": 0.5,
@@ -134,6 +128,12 @@ SPLIT = SMALL | {
     "model.num_layers": 1,
     "model.remat": "dots",
     "model.moe.overflow": "drop",
+    "model.moe.chunks": 2,
+    "model.moe.shadow": 1,
+    "model.moe.received": "resend",
+    "optimizer.name": "muon",
+    "optimizer.adam_learning_rate": 5e-4,
+    "optimizer.muon_iterations": 1,
     "mesh.fsdp": True,
     "mesh.data": 2,
     "mesh.expert_node": 2,
@@ -215,6 +215,7 @@ def test_every_option_of_every_router_takes_two_steps():
     assert found >= set(kept_by_name.split())
 
 
+@pytest.mark.slow
 def test_parameters_split_over_data_in_bf16_take_two_steps():
     metrics, run = two_steps(SPLIT, 4, data=2, expert_node=2)
     assert all(np.isfinite(float(step["loss"])) for step in metrics)
