@@ -117,6 +117,8 @@ class MoE(nnx.Module):
     over `expert_node` and `expert`, their hidden width over `tensor`. Without a mesh it runs on one device. Value and
     gradients are the same on every layout.
 
+    `nnx.Sequential` hands a tuple on as several arguments: there `lambda y, stats: y` follows the layer.
+
     Args:
       d_model: D.
       d_hidden: F, the hidden width of one expert.

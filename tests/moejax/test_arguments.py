@@ -296,3 +296,34 @@ def test_options_of_a_router_are_refused_by_name_through_the_layer(router):
         ValueError, match=r"^num_expert = 3: router .* the nearest argument of the layer is num_experts"
     ):
         moejax.MoE(D, F, E, router=router, num_expert=3, rngs=rngs())
+
+
+def test_what_the_mesh_does_not_divide_is_refused_by_name():
+    layer, model = make_moe(), make_transformer()
+    by_sequence = moejax.MoE(D, F, E, balance_over="sequence", rngs=rngs())
+    with jax.set_mesh(moejax.make_mesh(expert=4, devices=jax.devices()[:4])):
+        for call, message in (
+            (
+                lambda: layer(X_TD[:6]),
+                r"^x = float32\[6, 8\]: its 6 tokens must be a multiple of 4, .* 'expert' \(4\)",
+            ),
+            (lambda: by_sequence(X_BSD), r"^x = float32\[2, 4, 8\]: its 2 sequences must be a multiple of 4"),
+            (
+                lambda: model(TOKENS_BS[:, :3]),
+                r"^tokens_BS = int32\[2, 3\]: its 6 tokens must be a multiple of 4",
+            ),
+            (
+                lambda: model.loss(X_BSD, TOKENS_BS, chunk=4),
+                r"^hidden_BSD = .*: its 2 sequences must be a multiple",
+            ),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call()
+    narrow = moejax.MoE(D, 6, E, rngs=rngs())
+    with (
+        jax.set_mesh(moejax.make_mesh(tensor=4, devices=jax.devices()[:4])),
+        pytest.raises(
+            ValueError, match=r"^w_in = float32\[4, 8, 2, 6\]: its axis 'hidden' must be a multiple of 4"
+        ),
+    ):
+        narrow(X_TD)
