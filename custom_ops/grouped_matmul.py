@@ -33,7 +33,8 @@ from custom_ops import (
     native,
     reference,
 )
-from custom_ops.checks import require, require_array
+from custom_ops.arguments import RULES
+from custom_ops.checks import checked, one_of, require
 from custom_ops.dtypes import common
 from custom_ops.target import target
 from custom_ops.varying import vary_alike
@@ -96,6 +97,10 @@ def default_implementation(
     return Choice("windows", f"the platform is {platform}, without native kernels")
 
 
+_checked = checked(RULES | {"implementation": one_of(IMPLEMENTATIONS)})
+
+
+@_checked
 def grouped_matmul(
     rows_ND: jax.Array,
     w_EDF: jax.Array,
@@ -116,16 +121,15 @@ def grouped_matmul(
     Raises:
       ValueError: unknown implementation, or ranks, sizes or dtypes that do not belong together.
     """
-    _check("rows_ND", "[N, D]", rows_ND, "w_EDF", "[E, D, F]", w_EDF, group_sizes_E)
+    _require_one_dtype(rows_ND, "w_EDF", w_EDF, "rows_ND")
     E, D, F = w_EDF.shape
-    require(
-        rows_ND.shape[1] == D, "rows_ND", f"width {D} as in w_EDF {w_EDF.shape}", f"shape {rows_ND.shape}"
-    )
-    require(group_sizes_E.shape[0] == E, "group_sizes_E", f"{E} groups as in w_EDF", group_sizes_E.shape)
+    require(rows_ND.shape[1] == D, "rows_ND", rows_ND, f"must have width {D} as in w_EDF {w_EDF.shape}")
+    require(group_sizes_E.shape[0] == E, "group_sizes_E", group_sizes_E, f"must have {E} groups as in w_EDF")
     rule = _rule(implementation, dtype, rows_ND, D, F, E)
     return checkpoint_name(_forward(*rule, *vary_alike(rows_ND, w_EDF, group_sizes_E)), GROUPED_PRODUCT)
 
 
+@_checked
 def grouped_matmul_dlhs(
     dout_NF: jax.Array,
     w_EDF: jax.Array,
@@ -138,16 +142,15 @@ def grouped_matmul_dlhs(
 
     Everything else as in `grouped_matmul`.
     """
-    _check("dout_NF", "[N, F]", dout_NF, "w_EDF", "[E, D, F]", w_EDF, group_sizes_E)
+    _require_one_dtype(dout_NF, "w_EDF", w_EDF, "dout_NF")
     E, D, F = w_EDF.shape
-    require(
-        dout_NF.shape[1] == F, "dout_NF", f"width {F} as in w_EDF {w_EDF.shape}", f"shape {dout_NF.shape}"
-    )
-    require(group_sizes_E.shape[0] == E, "group_sizes_E", f"{E} groups as in w_EDF", group_sizes_E.shape)
+    require(dout_NF.shape[1] == F, "dout_NF", dout_NF, f"must have width {F} as in w_EDF {w_EDF.shape}")
+    require(group_sizes_E.shape[0] == E, "group_sizes_E", group_sizes_E, f"must have {E} groups as in w_EDF")
     rule = _rule(implementation, dtype, dout_NF, D, F, E)
     return _dlhs(*rule, *vary_alike(dout_NF, w_EDF, group_sizes_E))
 
 
+@_checked
 def grouped_matmul_drhs(
     rows_ND: jax.Array,
     dout_NF: jax.Array,
@@ -160,26 +163,21 @@ def grouped_matmul_drhs(
 
     Everything else as in `grouped_matmul`.
     """
-    _check("rows_ND", "[N, D]", rows_ND, "dout_NF", "[N, F]", dout_NF, group_sizes_E)
+    _require_one_dtype(rows_ND, "dout_NF", dout_NF, "rows_ND")
     (N, D), F, E = rows_ND.shape, dout_NF.shape[1], group_sizes_E.shape[0]
-    require(dout_NF.shape[0] == N, "dout_NF", f"{N} rows as in rows_ND", f"shape {dout_NF.shape}")
+    require(dout_NF.shape[0] == N, "dout_NF", dout_NF, f"must have {N} rows as in rows_ND")
     rule = _rule(implementation, dtype, rows_ND, D, F, E)
     return _drhs(*rule, *vary_alike(rows_ND, dout_NF, group_sizes_E))
 
 
-def _check(lhs_name, lhs_shape, lhs, rhs_name, rhs_shape, rhs, group_sizes_E) -> None:
-    require_array(lhs_name, lhs, lhs_shape, kind=jnp.floating)
-    require_array(rhs_name, rhs, rhs_shape, kind=jnp.floating)
-    require_array("group_sizes_E", group_sizes_E, "[E]", kind=jnp.integer)
-    require(lhs.dtype == rhs.dtype, rhs_name, f"dtype {lhs.dtype} as {lhs_name}", rhs.dtype)
+def _require_one_dtype(lhs: jax.Array, rhs_name: str, rhs: jax.Array, lhs_name: str) -> None:
+    require(lhs.dtype == rhs.dtype, rhs_name, rhs, f"must have dtype {lhs.dtype} as {lhs_name}")
 
 
 def _rule(implementation, dtype, lhs: jax.Array, D: int, F: int, E: int) -> tuple[str, jnp.dtype]:
     result_dtype = jnp.dtype(lhs.dtype if dtype is None else dtype)
     if implementation is None:
         return default_implementation(lhs.dtype, D, F, E, result_dtype).name, result_dtype
-    known = implementation in IMPLEMENTATIONS
-    require(known, "implementation", f"one of {sorted(IMPLEMENTATIONS)}", repr(implementation))
     return implementation, result_dtype
 
 

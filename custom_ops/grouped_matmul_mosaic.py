@@ -101,4 +101,4 @@ def misfit(dtype: DTypeLike, D: int, F: int, E: int, result_dtype: DTypeLike | N
 
 def _require_fit(dtype, D: int, F: int, E: int, result_dtype) -> None:
     reason = misfit(dtype, D, F, E, result_dtype)
-    require(reason is None, "implementation", "one that can form this product", f"'mosaic', but {reason}")
+    require(reason is None, "implementation", "mosaic", f"must be one that can form this product: {reason}")

@@ -9,12 +9,16 @@ import jax
 import jax.numpy as jnp
 
 from custom_ops import native
-from custom_ops.checks import require, require_array
+from custom_ops.arguments import RULES
+from custom_ops.checks import array, checked, instance_of, require
 from custom_ops.dtypes import is_whole_bytes, wide
 from custom_ops.plan import DispatchPlan
 from custom_ops.varying import vary_alike, vary_like
 
+_checked = checked(RULES | {"plan": instance_of(DispatchPlan, "a DispatchPlan, as make_plan returns it")})
 
+
+@_checked
 def permute(x_TD: jax.Array, plan: DispatchPlan, weights_TK: jax.Array | None = None) -> jax.Array:
     """rows_ND: row n is the row of its token, times the weight of its choice if weights are given.
 
@@ -26,9 +30,8 @@ def permute(x_TD: jax.Array, plan: DispatchPlan, weights_TK: jax.Array | None = 
       ValueError: ranks, dtypes or sizes that do not belong together.
     """
     _require_plan(plan)
-    require_array("x_TD", x_TD, "[T, D]")
     T, K = plan.position_TK.shape
-    require(x_TD.shape[0] == T, "x_TD", f"{T} tokens as in the plan", f"shape {x_TD.shape}")
+    require(x_TD.shape[0] == T, "x_TD", x_TD, f"must have {T} tokens as in the plan")
     if weights_TK is not None:
         _require_weights(weights_TK, x_TD, "x_TD", (T, K))
         x_TD, weights_TK, plan = _vary_alike(x_TD, weights_TK, plan)
@@ -39,6 +42,7 @@ def permute(x_TD: jax.Array, plan: DispatchPlan, weights_TK: jax.Array | None = 
     return _permute(x_TD, plan)
 
 
+@_checked
 def unpermute(rows_ND: jax.Array, plan: DispatchPlan, weights_TK: jax.Array | None = None) -> jax.Array:
     """y_TD: the sum of each token's rows, each times the weight of its choice if weights are given.
 
@@ -49,9 +53,8 @@ def unpermute(rows_ND: jax.Array, plan: DispatchPlan, weights_TK: jax.Array | No
       ValueError: ranks, dtypes or sizes that do not belong together.
     """
     _require_plan(plan)
-    require_array("rows_ND", rows_ND, "[N, D]", kind=jnp.floating)
     N = plan.choice_N.shape[0]
-    require(rows_ND.shape[0] == N, "rows_ND", f"{N} rows as in the plan", f"shape {rows_ND.shape}")
+    require(rows_ND.shape[0] == N, "rows_ND", rows_ND, f"must have {N} rows as in the plan")
     if weights_TK is not None:
         _require_weights(weights_TK, rows_ND, "rows_ND", plan.position_TK.shape)
         rows_ND, weights_TK, plan = _vary_alike(rows_ND, weights_TK, plan)
@@ -61,19 +64,18 @@ def unpermute(rows_ND: jax.Array, plan: DispatchPlan, weights_TK: jax.Array | No
 
 
 def _require_plan(plan: DispatchPlan) -> None:
-    require(isinstance(plan, DispatchPlan), "plan", "what make_plan returns", type(plan).__name__)
-    require_array("plan.position_TK", plan.position_TK, "[T, K]", kind=jnp.integer)
-    require_array("plan.choice_N", plan.choice_N, "[N]", kind=jnp.integer)
+    array("[T, K]", jnp.integer)("plan.position_TK", plan.position_TK)
+    array("[N]", jnp.integer)("plan.choice_N", plan.choice_N)
     K = plan.position_TK.shape[1]
-    require(plan.num_choices == K, "plan.num_choices", f"{K} as in plan.position_TK", plan.num_choices)
+    require(
+        plan.num_choices == K, "plan.num_choices", plan.num_choices, f"must be {K} as in plan.position_TK"
+    )
 
 
 def _require_weights(weights_TK, payload, name, shape) -> None:
-    require_array("weights_TK", weights_TK, "[T, K]", kind=jnp.floating)
-    require(weights_TK.shape == shape, "weights_TK", f"shape {shape} as in the plan", weights_TK.shape)
-    require(
-        jnp.issubdtype(payload.dtype, jnp.floating), name, "a floating dtype beside weights", payload.dtype
-    )
+    require(weights_TK.shape == shape, "weights_TK", weights_TK, f"must have shape {shape} as in the plan")
+    is_floating = jnp.issubdtype(payload.dtype, jnp.floating)
+    require(is_floating, name, payload, "must be floating where there are weights")
 
 
 def _vary_alike(payload, weights_TK, plan: DispatchPlan):

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from custom_ops import native, reference
-from custom_ops.checks import require, require_array
+from custom_ops.arguments import RULES
+from custom_ops.checks import checked, require
 
 
+@checked(RULES)
 def swiglu(hidden_N2F: jax.Array) -> jax.Array:
     """a_NF = silu(gate) * up (Shazeer 2020, eq. 6).
 
@@ -22,6 +24,7 @@ def swiglu(hidden_N2F: jax.Array) -> jax.Array:
     return _forward(hidden_N2F) if _by_library(hidden_N2F) else reference.swiglu(hidden_N2F)
 
 
+@checked(RULES)
 def swiglu_backward(
     hidden_N2F: jax.Array, da_NF: jax.Array, weight_N: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -39,9 +42,9 @@ def swiglu_backward(
     """
     _check(hidden_N2F)
     N, H = hidden_N2F.shape
-    require(da_NF.shape == (N, H // 2), "da_NF", f"shape {(N, H // 2)} as hidden_N2F", f"shape {da_NF.shape}")
-    require(weight_N.shape == (N,), "weight_N", f"shape {(N,)} as hidden_N2F", f"shape {weight_N.shape}")
-    require(weight_N.dtype == da_NF.dtype, "weight_N", f"dtype {da_NF.dtype} as da_NF", weight_N.dtype)
+    require(da_NF.shape == (N, H // 2), "da_NF", da_NF, f"must have shape {(N, H // 2)} as hidden_N2F")
+    require(weight_N.shape == (N,), "weight_N", weight_N, f"must have shape {(N,)} as hidden_N2F")
+    require(weight_N.dtype == da_NF.dtype, "weight_N", weight_N, f"must have dtype {da_NF.dtype} as da_NF")
     if not _by_library(hidden_N2F) or da_NF.dtype != hidden_N2F.dtype:
         return reference.swiglu_backward(hidden_N2F, da_NF, weight_N)
     return _backward(hidden_N2F, da_NF, weight_N)
@@ -83,7 +86,5 @@ def _by_library(hidden_N2F: jax.Array) -> bool:
 
 
 def _check(hidden_N2F: jax.Array) -> None:
-    require_array("hidden_N2F", hidden_N2F, "[N, 2F]", kind=jnp.floating)
-    require(
-        hidden_N2F.shape[1] % 2 == 0, "hidden_N2F", "an even number of columns", f"shape {hidden_N2F.shape}"
-    )
+    is_even = hidden_N2F.shape[1] % 2 == 0
+    require(is_even, "hidden_N2F", hidden_N2F, "must have an even number of columns")

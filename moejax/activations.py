@@ -6,7 +6,6 @@ that it gates).
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -98,20 +97,3 @@ ACTIVATIONS: dict[str, Activation] = {
     "reglu": _plain(partial(_gated, jax.nn.relu), 2),
     "clamped_swiglu": _plain(clamped_swiglu, 2),
 }
-
-
-def find_activation(name: str, argument: str = "activation") -> Activation:
-    """The activation of that name in `ACTIVATIONS`.
-
-    Args:
-      argument: what the error calls the name.
-
-    Raises:
-      ValueError: there is none; names the nearest.
-    """
-    if name not in ACTIVATIONS:
-        (nearest,) = difflib.get_close_matches(str(name), ACTIVATIONS, n=1, cutoff=0.0)
-        raise ValueError(
-            f"{argument} = {name!r}: must be one of {', '.join(ACTIVATIONS)}; the nearest is {nearest}"
-        )
-    return ACTIVATIONS[name]

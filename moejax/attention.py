@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from custom_ops.checks import instance_of, require
+from moejax.arguments import checked
 from moejax.layers import RMSNorm, init_matrix, rms_norm, rotate, rotation
 
 
@@ -43,6 +45,7 @@ class KVCache:
 class Attention(nnx.Module):
     """Causal self-attention with rotary positions and normalised queries and keys (Dehghani et al. 2023)."""
 
+    @checked()
     def __init__(
         self,
         d_model: int,
@@ -54,7 +57,7 @@ class Attention(nnx.Module):
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        num_kv_heads = num_kv_heads or num_heads
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if d_model % num_heads or (d_model // num_heads) % 2:
             raise ValueError(f"d_model = {d_model}: must give each of num_heads ({num_heads}) an even width")
         if num_heads % num_kv_heads:
@@ -78,10 +81,12 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(self.d_head, axis="hidden")
         self.k_norm = RMSNorm(self.d_head, axis="hidden")
 
+    @checked()
     def rotation(self, positions_BS: jax.Array) -> jax.Array:
         """[B, S, 2, h / 2]: what queries and keys are rotated by."""
         return rotation(positions_BS, self.d_head, self.rope_theta)
 
+    @checked(cache=instance_of(KVCache, "a KVCache, as Transformer.init_cache returns it"))
     def __call__(
         self,
         x_BSD: jax.Array,
@@ -99,6 +104,11 @@ class Attention(nnx.Module):
           cache: earlier keys and values; then the new ones are stored, and attention goes to the last W.
           rotation_BS2f: `self.rotation(positions_BS)`, where several layers share it.
         """
+        d_model = self.w_q.shape[0]
+        require(x_BSD.shape[2] == d_model, "x_BSD", x_BSD, f"must be [B, S, {d_model}]")
+        for argument, value in (("segments_BS", segments_BS), ("positions_BS", positions_BS)):
+            fits = value is None or value.shape == x_BSD.shape[:2]
+            require(fits, argument, value, f"must be {list(x_BSD.shape[:2])}, one for each token of x_BSD")
         if rotation_BS2f is None:
             rotation_BS2f = self.rotation(positions_BS)
         weights = jnp.concatenate([self.w_q[...], self.w_k[...], self.w_v[...]], axis=1).astype(self.dtype)
@@ -121,7 +131,9 @@ class Attention(nnx.Module):
             mask = (seen >= 0) & (seen <= now)
             k, v = cache.k_BWGh.astype(q.dtype), cache.v_BWGh.astype(q.dtype)
             y = _attend(q, k, v, mask[None, None], is_causal=False)
-        return y.reshape(*x_BSD.shape[:2], num_heads * self.d_head) @ self.w_out[...].astype(self.dtype), cache
+        return y.reshape(*x_BSD.shape[:2], num_heads * self.d_head) @ self.w_out[...].astype(
+            self.dtype
+        ), cache
 
 
 @jax.checkpoint  # backward keeps what comes in, not the many steps within

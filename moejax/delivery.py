@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from custom_ops.checks import BadArgument, function, instance_of, one_of, require
 from custom_ops.varying import varying_axes
+from moejax.arguments import POSITIVE_OR_INFINITE, checked
 from moejax.capacity import within_capacity
 from moejax.cost import Link
 from moejax.dispatch import ExpertsFn, dispatch
@@ -28,6 +31,30 @@ from moejax.wire import WIRES, row_bytes
 OVERFLOWS = ("rounds", "drop")
 # Largest load of an expert under "drop", in units of the mean load (Switch Transformer, section 3.1).
 DROP_CAPACITY_FACTOR = 1.25
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a layer's rows are delivered: those arguments of `deliver` that a layer fixes when it is built.
+
+    Hashable, as everything static in an NNX module must be: otherwise its graphdef could not be hashed.
+
+    Fields:
+      links: (mesh axis, link) pairs, as `dict.items` gives them.
+
+    The other fields are as of `deliver`.
+    """
+
+    exchange: str = "all_to_all"
+    overflow: str = "rounds"
+    capacity_factor: float | None = None
+    chunks: int = 1
+    wire: str = "none"
+    links: tuple[tuple[str, Link], ...] | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments for `deliver` and `levels_of`."""
+        return vars(self) | {"links": None if self.links is None else dict(self.links)}
 
 
 class Account(NamedTuple):
@@ -49,6 +76,24 @@ class Account(NamedTuple):
     fill_V: jax.Array
 
 
+def _axis_names(argument: str, value: Any) -> tuple[str, ...]:
+    """Names of mesh axes."""
+    is_names = isinstance(value, Sequence) and not isinstance(value, str)
+    is_names = is_names and all(isinstance(name, str) for name in value) and len(set(value)) == len(value)
+    require(is_names, argument, value, "must be the names of different mesh axes in a tuple")
+    return tuple(value)
+
+
+@checked(
+    experts=function,
+    axes=_axis_names,
+    token_axes=_axis_names,
+    exchange=one_of(EXCHANGES),
+    overflow=one_of(OVERFLOWS),
+    capacity_factor=POSITIVE_OR_INFINITE,
+    shadow=instance_of(Shadow, "a Shadow"),
+    wire=one_of(WIRES),
+)
 def deliver(
     x_TD: jax.Array,
     ids_TK: jax.Array,
@@ -89,15 +134,18 @@ def deliver(
         inside `shard_map` has, or axes that do not divide the experts.
     """
     token_axes = tuple(axes if token_axes is None else token_axes)
-    check_options(exchange=exchange, overflow=overflow, wire=wire, chunks=chunks)
-    check_factor("capacity_factor", capacity_factor, finite=overflow == "drop")
-    _check_shapes(x_TD, ids_TK, weights_TK, num_experts)
+    is_finite = capacity_factor is None or capacity_factor < math.inf
+    rule = "must be a positive finite number under overflow 'drop'"
+    require(is_finite or overflow != "drop", "capacity_factor", capacity_factor, rule)
+    fits = ids_TK.shape[0] == x_TD.shape[0]
+    require(fits, "ids_TK", ids_TK, f"must be [{x_TD.shape[0]}, choices], as x_TD has tokens")
+    same = weights_TK.shape == ids_TK.shape
+    require(same, "weights_TK", weights_TK, f"must have the shape of ids_TK, {list(ids_TK.shape)}")
     _check_axes(axes, token_axes)
     if not x_TD.shape[0] and varying_axes(x_TD):
-        raise ValueError(
-            "x_TD has no tokens: XLA does not compile empty arrays inside jax.shard_map; give every device one token "
-            "that goes nowhere (ids_TK = -1)"
-        )
+        rule = "has no tokens, which XLA cannot compile inside jax.shard_map; give each device a token with ids -1"
+        raise BadArgument("x_TD", x_TD, rule)
+    experts = _of_the_same_shape(experts)
     admitted_TK = ids_TK
     if overflow == "drop":
         admitted_TK = within_capacity(ids_TK, num_experts, _factor(overflow, capacity_factor), token_axes)
@@ -184,38 +232,17 @@ def _factor(overflow: str, capacity_factor: float | None) -> float:
     return DROP_CAPACITY_FACTOR if overflow == "drop" else default_factor()
 
 
-def check_options(*, exchange: str, overflow: str, wire: str, chunks: int) -> None:
-    """Raise ValueError, naming the argument and what is allowed, where a delivery could not be done so."""
-    names = {"exchange": (exchange, EXCHANGES), "overflow": (overflow, OVERFLOWS), "wire": (wire, WIRES)}
-    for argument, (name, known) in names.items():
-        if name not in known:
-            raise ValueError(f"{argument} = {name!r}: must be one of {sorted(known)}")
-    if chunks < 1:
-        raise ValueError(f"chunks = {chunks}: must be at least 1")
+def _of_the_same_shape(experts: ExpertsFn) -> ExpertsFn:
+    """The same experts, refused where they return another shape than they got."""
 
+    def run(x_TD, plan, weights_TK):
+        y_TD = experts(x_TD, plan, weights_TK)
+        same = getattr(y_TD, "shape", None) == x_TD.shape
+        rule = f"experts must return one array of the shape that they got, {list(x_TD.shape)}"
+        require(same, "experts", y_TD, rule)
+        return y_TD
 
-def check_factor(argument: str, factor: float | None, *, finite: bool) -> None:
-    """Raise ValueError unless the factor on the buffers is positive, and where asked finite, or None."""
-    if factor is not None and not (0 < factor < math.inf or (factor == math.inf and not finite)):
-        rule = "a positive finite number" if finite else "a positive number, or infinite for room for all"
-        raise ValueError(f"{argument} = {factor}: must be {rule}, or None")
-
-
-def _check_shapes(x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, num_experts: int) -> None:
-    if x_TD.ndim != 2:
-        raise ValueError(f"x_TD has shape {x_TD.shape}: must be [tokens, width]")
-    if ids_TK.ndim != 2 or ids_TK.shape[0] != x_TD.shape[0]:
-        raise ValueError(
-            f"ids_TK has shape {ids_TK.shape}: must be [{x_TD.shape[0]}, choices], as x_TD has tokens"
-        )
-    if not jnp.issubdtype(ids_TK.dtype, jnp.integer):
-        raise ValueError(
-            f"ids_TK has dtype {ids_TK.dtype}: must be an integer, an expert's number or -1 for none"
-        )
-    if weights_TK.shape != ids_TK.shape:
-        raise ValueError(f"weights_TK has shape {weights_TK.shape}: must have that of ids_TK, {ids_TK.shape}")
-    if num_experts < 1:
-        raise ValueError(f"num_experts = {num_experts}: must be at least 1")
+    return run
 
 
 def _check_axes(axes: Sequence[str], token_axes: Sequence[str]) -> None:
@@ -228,10 +255,9 @@ def _check_axes(axes: Sequence[str], token_axes: Sequence[str]) -> None:
                 cure = (
                     f"there are {known}" if known else "call it inside jax.shard_map over a mesh that has it"
                 )
-                message = f"{argument} = {tuple(names)}: {name!r} is no mesh axis here; {cure}"
-                raise ValueError(message) from None
+                raise BadArgument(argument, names, f"{name!r} is no mesh axis here; {cure}") from None
     if missing := [name for name in axes if name not in token_axes]:
-        raise ValueError(f"token_axes = {tuple(token_axes)}: must contain {missing[0]!r}, one of axes")
+        raise BadArgument("token_axes", token_axes, f"must contain {missing[0]!r}, one of axes")
 
 
 def _one_pass(levels: Levels, experts: ExpertsFn, chunks: int) -> Pass:

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from custom_ops import DispatchPlan
+from custom_ops.checks import require
+from moejax.arguments import checked
 from moejax.mesh import expert_axes
 
 
@@ -26,11 +28,15 @@ class ExpertList(nnx.Module):
       ValueError: there are not `num_experts` of them.
     """
 
+    @checked()
     def __init__(self, experts: Sequence[nnx.Module], num_experts: int):
-        if len(experts) != num_experts:
-            raise ValueError(
-                f"experts = a list of {len(experts)}: must be num_experts ({num_experts}) modules"
-            )
+        is_list = isinstance(experts, (Sequence, nnx.List)) and not isinstance(experts, str)
+        require(is_list, "experts", experts, f"must be a list of num_experts ({num_experts}) modules")
+        for number, expert in enumerate(experts):
+            rule = "must be a module that can be called, expert(x_TD) -> y_TD"
+            require(callable(expert) and not isinstance(expert, type), f"experts[{number}]", expert, rule)
+        rule = f"must be num_experts ({num_experts}) modules, got {len(experts)}"
+        require(len(experts) == num_experts, "experts", experts, rule)
         self.experts = nnx.List(experts)
 
     def __call__(self, x_TD: jax.Array, plan: DispatchPlan, weights_TK: jax.Array) -> jax.Array:

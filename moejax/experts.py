@@ -22,7 +22,9 @@ from custom_ops import (
     permute,
     unpermute,
 )
-from moejax.activations import Activation, find_activation
+from custom_ops.checks import instance_of, one_of, require
+from moejax.activations import ACTIVATIONS, Activation
+from moejax.arguments import checked
 from moejax.layers import init_matrix
 from moejax.mesh import tensor_axes
 
@@ -41,6 +43,7 @@ class Experts(nnx.Module):
       ValueError: an unknown activation; names the nearest.
     """
 
+    @checked(activation=one_of(ACTIVATIONS))
     def __init__(
         self,
         num_experts: int,
@@ -53,7 +56,7 @@ class Experts(nnx.Module):
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        parts = find_activation(activation).columns
+        parts = ACTIVATIONS[activation].columns
         self.activation = activation
         self.dtype = dtype
         self.w_in = init_matrix(
@@ -79,12 +82,15 @@ class Experts(nnx.Module):
         self.b_in = zeros(parts, d_hidden, axes=("parts", "hidden"))
         self.b_out = zeros(d_model, axes=("embed",))
 
+    @checked(plan=instance_of(DispatchPlan, "a DispatchPlan, as make_plan returns it"))
     def __call__(self, x_TD: jax.Array, plan: DispatchPlan, weights_TK: jax.Array) -> jax.Array:
         """Sum over a token's choices of weight * expert(x): [T, D]."""
+        D = self.w_in.shape[1]
+        require(x_TD.shape[1] == D, "x_TD", x_TD, f"must be [T, {D}], as wide as the experts' d_model")
         w_in_EDH = self.w_in[...].reshape(*self.w_in.shape[:2], -1).astype(self.dtype)
         w_out_EFD = self.w_out[...].astype(self.dtype)
         x_TD = x_TD.astype(self.dtype)
-        activation = find_activation(self.activation)
+        activation = ACTIVATIONS[self.activation]
         if self.b_in is None or self.b_out is None:
             return expert_ffn(activation, x_TD, plan, weights_TK, w_in_EDH, w_out_EFD)
         b_in_EH = self.b_in[...].reshape(w_in_EDH.shape[0], -1)

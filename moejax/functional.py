@@ -14,28 +14,30 @@ from custom_ops import grouped_matmul as grouped_matmul
 from custom_ops import make_plan as make_plan
 from custom_ops import permute as permute
 from custom_ops import unpermute as unpermute
+from custom_ops.checks import BadArgument, function, one_of, require
+from moejax.arguments import POSITIVE_OR_INFINITE, checked
 from moejax.delivery import Account as Account
 from moejax.delivery import deliver as deliver
 from moejax.dispatch import ExpertsFn
+from moejax.levels import EXCHANGES
 from moejax.routing import softmax_top_k
 
 
+@checked()
 def route(logits_TE: jax.Array, top_k: int, *, normalize: bool | None = None) -> tuple[jax.Array, jax.Array]:
     """Softmax top-k: ids_TK i32 and weights_TK f32, which with `normalize` (default: if K > 1) sum to one per token.
 
     Raises:
       ValueError: logits_TE are not [tokens, experts], or K is not between 1 and E.
     """
-    if logits_TE.ndim != 2:
-        raise ValueError(f"logits_TE has shape {logits_TE.shape}: must be [tokens, experts]")
-    if not 1 <= top_k <= logits_TE.shape[1]:
-        raise ValueError(
-            f"top_k = {top_k}: must be between 1 and the number of experts ({logits_TE.shape[1]})"
-        )
+    num_experts = logits_TE.shape[1]
+    rule = f"must be between 1 and the number of experts ({num_experts})"
+    require(1 <= top_k <= num_experts, "top_k", top_k, rule)
     ids_TK, weights_TK, _ = softmax_top_k(logits_TE, top_k, normalize=normalize)
     return ids_TK, weights_TK
 
 
+@checked()
 def on_rows(fn: Callable[[jax.Array, jax.Array], jax.Array]) -> ExpertsFn:
     """Experts from a function of their sorted rows.
 
@@ -49,6 +51,7 @@ def on_rows(fn: Callable[[jax.Array, jax.Array], jax.Array]) -> ExpertsFn:
     return experts
 
 
+@checked(experts=function, exchange=one_of(EXCHANGES), capacity_factor=POSITIVE_OR_INFINITE)
 def moe(
     x_TD: jax.Array,
     ids_TK: jax.Array,
@@ -76,17 +79,23 @@ def moe(
     """
     if isinstance(axis, str):
         axis = (axis,)
-    if axis is not None and (not isinstance(axis, Sequence) or len(set(axis)) < len(axis)):
-        raise ValueError(f"axis = {axis!r}: must be the name of a mesh axis, several different ones, or None")
-    y_TD, _ = deliver(
-        x_TD,
-        ids_TK,
-        weights_TK,
-        experts,
-        num_experts=num_experts,
-        axes=tuple(axis or ()),
-        exchange=exchange,
-        capacity_factor=capacity_factor,
-        chunks=chunks,
-    )
+    is_names = axis is None or (isinstance(axis, Sequence) and all(isinstance(name, str) for name in axis))
+    is_names = is_names and len(set(axis or ())) == len(axis or ())
+    require(is_names, "axis", axis, "must be the name of a mesh axis, several different ones, or None")
+    try:
+        y_TD, _ = deliver(
+            x_TD,
+            ids_TK,
+            weights_TK,
+            experts,
+            num_experts=num_experts,
+            axes=tuple(axis or ()),
+            exchange=exchange,
+            capacity_factor=capacity_factor,
+            chunks=chunks,
+        )
+    except BadArgument as error:
+        if error.argument == "axes":  # what this function calls otherwise
+            raise BadArgument("axis", axis, error.rule) from None
+        raise
     return y_TD

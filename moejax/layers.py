@@ -10,7 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moejax.activations import find_activation
+from custom_ops.checks import one_of, require
+from moejax.activations import ACTIVATIONS
+from moejax.arguments import checked
+from moejax.mesh import LOGICAL_AXES
 
 _TRUNCATED_STD = 0.87962566  # standard deviation of a unit normal cut at +-2
 
@@ -37,11 +40,15 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float = 1e-6) -> jax.Array:
 class RMSNorm(nnx.Module):
     """`rms_norm` with a learned scale; backward keeps only its input."""
 
+    @checked(axis=one_of(LOGICAL_AXES))
     def __init__(self, width: int, *, axis: str = "embed"):
         self.scale = nnx.Param(jnp.ones((width,), jnp.float32), axes=(axis,))
 
+    @checked()
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., width] -> [..., width], same dtype."""
+        width = self.scale.shape[-1]
+        require(x.shape[-1] == width, "x", x, f"must be [..., {width}], as wide as the norm's width")
         return jax.checkpoint(rms_norm)(x, self.scale[...])
 
 
@@ -70,6 +77,7 @@ class FeedForward(nnx.Module):
       ValueError: an unknown activation; names the nearest.
     """
 
+    @checked(activation=one_of(ACTIVATIONS))
     def __init__(
         self,
         d_model: int,
@@ -80,7 +88,7 @@ class FeedForward(nnx.Module):
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        parts = find_activation(activation).columns
+        parts = ACTIVATIONS[activation].columns
         self.activation = activation
         self.dtype = dtype
         self.w_in = init_matrix(
@@ -90,8 +98,11 @@ class FeedForward(nnx.Module):
             rngs, (d_hidden, d_model), axes=("hidden", "embed"), std=out_scale * d_hidden**-0.5
         )
 
+    @checked()
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D]."""
+        d_model = self.w_in.shape[0]
+        require(x.shape[-1] == d_model, "x", x, f"must be [..., {d_model}], as wide as the layer's d_model")
         w_in = self.w_in[...].astype(self.dtype)
         hidden = x.astype(self.dtype) @ w_in.reshape(w_in.shape[0], -1)
-        return find_activation(self.activation).function(hidden) @ self.w_out[...].astype(self.dtype)
+        return ACTIVATIONS[self.activation].function(hidden) @ self.w_out[...].astype(self.dtype)

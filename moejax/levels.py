@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from custom_ops.checks import BadArgument
 from custom_ops.target import target
 from moejax.cost import NETWORK, NVLINK, Link, cheapest_exchange, share_of_tokens
 from moejax.exchange import AllGather, AllToAll, Exchange
@@ -122,7 +123,7 @@ def check_experts(num_experts: int, sizes: Mapping[str, int]) -> None:
     size = math.prod(sizes.values())
     if num_experts % size:
         names = " x ".join(repr(axis) for axis in sizes)
-        raise ValueError(f"num_experts = {num_experts}: must be a multiple of mesh axis {names} ({size})")
+        raise BadArgument("num_experts", num_experts, f"must be a multiple of mesh axis {names} ({size})")
 
 
 def _row_count(rows: float, *, at_most: int) -> int:

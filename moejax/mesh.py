@@ -15,7 +15,9 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from custom_ops.checks import BadArgument, require
 from custom_ops.varying import varying_axes
+from moejax.arguments import SIZE, checked
 
 # Mesh axes, outermost first. Experts are split over the expert axes, tokens over those and `data`, the hidden width of
 # FFNs over `tensor`.
@@ -38,6 +40,23 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
 }
 
 
+def _axis_size(argument: str, value: Any) -> int:
+    """A size, or -1."""
+    rule = "must be an integer of at least 1, or -1 for all that the other axes leave"
+    require(isinstance(value, (int, np.integer)) and not isinstance(value, bool), argument, value, rule)
+    require(value >= 1 or value == -1, argument, value, rule)
+    return int(value)
+
+
+def _devices(argument: str, value: Any) -> list[Any]:
+    """Devices in a list, a tuple or an array."""
+    listed = list(np.asarray(value).flat) if isinstance(value, (Sequence, np.ndarray)) else []
+    is_devices = bool(listed) and all(hasattr(device, "platform") for device in listed)
+    require(is_devices, argument, value, "must be devices, such as jax.devices()")
+    return listed
+
+
+@checked(data=_axis_size, expert_node=SIZE, expert=SIZE, tensor=SIZE, devices=_devices)
 def make_mesh(
     *,
     data: int = -1,
@@ -61,7 +80,7 @@ def make_mesh(
     Raises:
       ValueError: the axes do not use exactly the devices there are.
     """
-    devices = jax.devices() if devices is None else list(devices)
+    devices = jax.devices() if devices is None else devices
     if data == -1:
         data = max(len(devices) // (expert_node * expert * tensor), 1)
     shape = (data, expert_node, expert, tensor)
@@ -196,6 +215,34 @@ def _split_over_single(specs: Any, axes: Sequence[str], mesh: AbstractMesh) -> A
     return jax.tree.map(of, specs, is_leaf=lambda leaf: isinstance(leaf, P))
 
 
+def require_divisible(argument: str, array: jax.Array, count: int, what: str) -> None:
+    """Raise BadArgument unless `count` tokens or sequences can be shared evenly by the mesh's token axes.
+
+    Args:
+      what: that which is counted, such as "tokens".
+    """
+    mesh, axes = ambient_mesh(), _splitting(token_axes(), ambient_mesh())
+    parts = math.prod(mesh.shape[axis] for axis in axes if axis not in mesh.manual_axes)
+    if count % parts:
+        names = " x ".join(f"{axis!r} ({mesh.shape[axis]})" for axis in axes)
+        rule = f"its {count} {what} must be a multiple of {parts}, the devices along mesh axes {names}"
+        raise BadArgument(argument, array, rule)
+
+
+def _require_whole_parts(params: Any, mesh: AbstractMesh) -> None:
+    """Raise BadArgument for a parameter that the mesh's axes do not divide."""
+    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
+    for path, variable in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_variable):
+        value, names = variable.get_value(), variable.get_metadata("axes", ())
+        for dimension, name in enumerate(("layers",) * (value.ndim - len(names)) + tuple(names)):
+            axes = _splitting(LOGICAL_AXES[name], mesh)
+            parts = math.prod(mesh.shape[axis] for axis in axes)
+            if value.shape[dimension] % parts:
+                parameter = jax.tree_util.keystr(path[-1:], simple=True)
+                rule = f"its axis {name!r} must be a multiple of {parts}, the devices along mesh axis {axes[0]!r}"
+                raise BadArgument(parameter, value, rule)
+
+
 def over_tokens(
     fn: Callable[..., Any], params: Any, *arrays: Any, replicated: Any = None, out_specs: Callable[[P], Any]
 ) -> Any:
@@ -209,7 +256,7 @@ def over_tokens(
       out_specs: from the spec of a token array to the tree of specs of the results.
 
     Raises:
-      ValueError: an axis of the mesh is of the Explicit type.
+      ValueError: an axis of the mesh is of the Explicit type, or its axes do not divide a parameter.
 
     Without an ambient mesh, or already inside a `shard_map` over the token axes, `fn` is simply called. Where there is
     no token, every device gets one that is not there: False in a mask, -1 as a number, 0 elsewhere.
@@ -226,12 +273,15 @@ def over_tokens(
 
     if set(axes) <= set(mesh.manual_axes):
         return local(params, replicated, *arrays)
+    _require_whole_parts(params, mesh)
     in_specs = (_split_over_single(state_specs(params, mesh), axes, mesh), P(), *(P(axes) for _ in arrays))
     mapped = jax.shard_map(local, in_specs=in_specs, out_specs=out_specs(P(axes)))
     if all(array is None or array.shape[0] for array in arrays):
         return mapped(params, replicated, *arrays)
     # XLA's partitioner (Shardy, in jax 0.11.2) dies on a manual computation that has an empty constant among others.
-    results = mapped(params, replicated, *jax.tree.map(partial(_absent, math.prod(mesh.shape[a] for a in axes)), arrays))
+    results = mapped(
+        params, replicated, *jax.tree.map(partial(_absent, math.prod(mesh.shape[a] for a in axes)), arrays)
+    )
     cut = lambda spec, part: jax.tree.map(lambda array: array[:0], part) if spec == P(axes) else part  # noqa: E731
     return jax.tree.map(cut, out_specs(P(axes)), results, is_leaf=lambda leaf: isinstance(leaf, P))
 

@@ -5,6 +5,7 @@ Shapes: T tokens (on one device inside `_local`), D model width, E experts, K ex
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,18 +13,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from custom_ops.checks import BadArgument, instance_of, one_of, require
 from custom_ops.target import target
-from moejax.activations import find_activation
+from moejax.activations import ACTIVATIONS
+from moejax.arguments import checked
 from moejax.cost import Link
-from moejax.delivery import check_factor, check_options, deliver
+from moejax.delivery import OVERFLOWS, Options, deliver
 from moejax.expert_list import ExpertList
 from moejax.experts import Experts
 from moejax.kept import RECEIVED, keeping
-from moejax.levels import check_experts
+from moejax.levels import EXCHANGES, check_experts
 from moejax.losses import (
     BatchLoad,
     balance_loss,
@@ -40,16 +42,19 @@ from moejax.mesh import (
     has_axis,
     make_varying,
     over_tokens,
+    require_divisible,
     tensor_axes,
     token_axes,
 )
 from moejax.order import after, together
+from moejax.own import check_own_experts, check_router, one_array, refuse_unknown
 from moejax.routing import Router, RouterState, Routing, make_router
 from moejax.routing.check import check_routing
 from moejax.routing.router import LinearRouter
 from moejax.shadow import Shadow, replicate_module
 from moejax.shared import beside, make_shared_experts
 from moejax.statistics import Choices, RouterStats, chosen_together, router_stats
+from moejax.wire import WIRES
 
 # Of the running estimate of the experts' load, per step: half of it is of the last seven steps.
 DEMAND_DECAY = 0.9
@@ -106,18 +111,14 @@ class MoEStats:
         )
 
 
-def _check_integers(at_least: int, **arguments: object) -> None:
-    for argument, value in arguments.items():
-        if not isinstance(value, (int, np.integer)) or value < at_least:
-            raise ValueError(f"{argument} = {value!r}: must be an integer of at least {at_least}")
-
-
 class MoE(nnx.Module):
     """A sparse FFN: a router sends each token to K of E experts and sums what they return.
 
     `y, stats = layer(x)`. Uses the ambient mesh (`jax.set_mesh`): tokens are split over all its token axes, experts
     over `expert_node` and `expert`, their hidden width over `tensor`. Without a mesh it runs on one device. Value and
     gradients are the same on every layout.
+
+    `nnx.Sequential` hands a tuple on as several arguments: there `lambda y, stats: y` follows the layer.
 
     Args:
       d_model: D.
@@ -159,6 +160,13 @@ class MoE(nnx.Module):
         that the mesh's expert axes do not divide; names the argument.
     """
 
+    @checked(
+        exchange=one_of(EXCHANGES),
+        overflow=one_of(OVERFLOWS),
+        wire=one_of(WIRES),
+        received=one_of(RECEIVED),
+        balance_over=one_of(BALANCE_OVER),
+    )
     def __init__(
         self,
         d_model: int,
@@ -192,31 +200,31 @@ class MoE(nnx.Module):
         rngs: nnx.Rngs,
         **router_options: Any,
     ):
-        _check_integers(1, d_model=d_model, d_hidden=d_hidden, num_experts=num_experts)
-        _check_integers(0, shared_experts=shared_experts, shadow=shadow)
-        check_options(exchange=exchange, overflow=overflow, wire=wire, chunks=chunks)
-        check_factor("buffer_factor", buffer_factor, finite=True)
-        if received not in RECEIVED:
-            raise ValueError(f"received = {received!r}: must be one of {sorted(RECEIVED)}")
-        if shadow > num_experts:
-            raise ValueError(f"shadow = {shadow}: must be at most num_experts ({num_experts})")
-        if balance_over not in BALANCE_OVER:
-            raise ValueError(f"balance_over = {balance_over!r}: must be one of {', '.join(BALANCE_OVER)}")
+        require(shadow <= num_experts, "shadow", shadow, f"must be at most num_experts ({num_experts})")
         if isinstance(router, str):
+            refuse_unknown(router, router_options, MoE)
             router = make_router(router, d_model, num_experts, top_k=top_k, rngs=rngs, **router_options)
-        elif router_options:
-            raise ValueError(f"{', '.join(router_options)}: options of a router by name; got a router itself")
-        elif top_k is not None and top_k != getattr(router, "top_k", None):
-            allowed = f"the router's own ({router.top_k}) or None" if hasattr(router, "top_k") else "None"
-            raise ValueError(f"top_k = {top_k}: must be {allowed} with a router that is a module")
+        else:
+            for option, value in router_options.items():
+                raise BadArgument(
+                    option, value, "is an option of a router by name; router is a module itself"
+                )
+            check_router(router, d_model, num_experts)
+            if top_k is not None and top_k != getattr(router, "top_k", None):
+                allowed = f"the router's own ({router.top_k}) or None" if hasattr(router, "top_k") else "None"
+                raise BadArgument("top_k", top_k, f"must be {allowed} where router is a module")
         ffn = {"out_scale": out_scale, "dtype": dtype, "rngs": rngs}
         activation = experts if isinstance(experts, str) else "swiglu"
         if isinstance(experts, str):
-            find_activation(experts, "experts")
+            one_of(ACTIVATIONS)("experts", experts)
             experts = Experts(num_experts, d_model, d_hidden, activation=experts, bias=expert_bias, **ffn)
         elif expert_bias:
-            raise ValueError("expert_bias = True: of experts by name; got experts themselves")
-        elif not isinstance(experts, nnx.Module):
+            raise BadArgument(
+                "expert_bias", expert_bias, "is for experts by name; experts is a module itself"
+            )
+        elif isinstance(experts, nnx.Module) and not isinstance(experts, nnx.List):
+            check_own_experts(experts, num_experts)
+        else:
             experts = ExpertList(experts, num_experts)
         self.d_model = d_model
         self.router = router
@@ -226,14 +234,8 @@ class MoE(nnx.Module):
         self.received = received
         keeps = shadow or keep_demand
         self.demand_E = RouterState(jnp.zeros(num_experts), axes=("router",)) if keeps else None
-        self.delivery: dict[str, Any] = {
-            "exchange": exchange,
-            "overflow": overflow,
-            "capacity_factor": buffer_factor,
-            "chunks": chunks,
-            "wire": wire,
-            "links": links,
-        }
+        paired_links = None if links is None else tuple(links.items())
+        self.delivery = Options(exchange, overflow, buffer_factor, chunks, wire, paired_links)
         self.shared = make_shared_experts(
             d_model, d_hidden, shared_experts, shared_hidden, shared_gate, activation=activation, **ffn
         )
@@ -246,8 +248,9 @@ class MoE(nnx.Module):
         self.orthogonality_weight = weight("orthogonality", orthogonality_weight)
         if self.orthogonality_weight and not isinstance(router, LinearRouter):
             rule = f"needs a router with a linear layer, not {type(router).__name__}"
-            raise ValueError(f"orthogonality_weight = {orthogonality_weight}: {rule}")
+            raise BadArgument("orthogonality_weight", orthogonality_weight, rule)
 
+    @checked(x=one_array, batch_load=instance_of(BatchLoad, "a BatchLoad"))
     def __call__(
         self,
         x: jax.Array,
@@ -299,28 +302,21 @@ class MoE(nnx.Module):
         return y, replace(stats, choices=Choices(together_EE, first_T)) if observe else stats
 
     def _kept(self) -> str:
-        may_loop = self.delivery["overflow"] == "rounds" and self.delivery["capacity_factor"] is not None
+        may_loop = self.delivery.overflow == "rounds" and self.delivery.capacity_factor is not None
         return "keep" if may_loop and target().platform == "cpu" else self.received
 
     def _check_arguments(self, x, token_mask, token_ids) -> None:
-        if not isinstance(x, (jax.Array, np.ndarray)):
-            raise TypeError(
-                f"x is a {type(x).__name__}: must be one array [..., D]; nested inputs are to be joined along their "
-                "width before the layer and split again in the router and the experts"
-            )
-        if x.ndim < 1 or x.shape[-1] != self.d_model:
-            rule = f"must be [..., d_model], with the layer's d_model ({self.d_model}) last"
-            raise ValueError(f"x: {rule}, got shape {x.shape}")
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"x: must be floating, got {x.dtype}")
-        kinds = {"token_mask": (token_mask, jnp.bool_), "token_ids": (token_ids, jnp.integer)}
-        for argument, (value, kind) in kinds.items():
-            if value is None:
-                continue
-            if value.shape != x.shape[:-1] or not jnp.issubdtype(value.dtype, kind):
-                rule = f"must be {kind.__name__}{list(x.shape[:-1])}, one for each token of x"
-                raise ValueError(f"{argument}: {rule}, got {value.dtype}{list(value.shape)}")
+        rule = f"must be [..., d_model], with the layer's d_model ({self.d_model}) last"
+        require(x.shape[-1] == self.d_model, "x", x, rule)
+        require_divisible("x", x, math.prod(x.shape[:-1]), "tokens")
+        for argument, value in (("token_mask", token_mask), ("token_ids", token_ids)):
+            fits = value is None or value.shape == x.shape[:-1]
+            require(fits, argument, value, f"must be {list(x.shape[:-1])}, one for each token of x")
+        if self.balance_over == "sequence":
+            require(x.ndim > 2, "x", x, "must be [B, S, D] under balance_over 'sequence', to have sequences")
+            require_divisible("x", x, math.prod(x.shape[:-2]), "sequences")
 
+    @checked()
     def follow(self, load_E: jax.Array) -> None:
         """Take a step's choices per expert, [E] or stacked over layers, into the estimate by which shadows are chosen.
 
@@ -364,7 +360,7 @@ class MoE(nnx.Module):
             axes=expert_axes(),
             token_axes=axes,
             shadow=shadow,
-            **self.delivery,
+            **self.delivery.arguments(),
         )
         if parts and not are_split:
             part_TD = jnp.where(jax.lax.axis_index(parts) == 0, part_TD, 0)
@@ -406,8 +402,7 @@ class MoE(nnx.Module):
     def _losses(self, routing: Routing, axes, sequence_length, batch_load) -> dict[str, jax.Array]:
         """The auxiliary losses as fields of `MoEStats`; importance and load only where they have a weight."""
         if self.balance_over == "sequence":
-            if sequence_length is None:
-                raise ValueError("balance_over = 'sequence': x must be [B, S, D], to have sequences")
+            assert sequence_length is not None
             balance = sequence_balance_loss(routing, axes, sequence_length=sequence_length)
         else:
             balance = balance_loss(routing, axes, batch=batch_load if self.balance_over == "batch" else None)

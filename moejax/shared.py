@@ -9,10 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
+from custom_ops.checks import require
 from custom_ops.varying import vary_alike
+from moejax.activations import ACTIVATIONS
+from moejax.arguments import checked, one_of
 from moejax.layers import FeedForward, init_matrix
 from moejax.order import together
 
@@ -27,6 +29,7 @@ class SharedExperts(FeedForward):
       gate: weigh the result of each token by a learned sigmoid, formed in f32.
     """
 
+    @checked(activation=one_of(ACTIVATIONS))
     def __init__(
         self,
         d_model: int,
@@ -65,17 +68,14 @@ def make_shared_experts(
       ffn: further arguments of `FeedForward`.
 
     Raises:
-      ValueError: a width below 1, or a width or gate without shared experts.
+      BadArgument: a width or gate without shared experts.
     """
     if count == 0:
         for argument, value in (("shared_hidden", shared_hidden), ("shared_gate", gate or None)):
-            if value is not None:
-                raise ValueError(f"{argument} = {value}: needs shared_experts of at least 1")
+            require(value is None, argument, value, "needs shared_experts of at least 1")
         return None
     hidden = count * d_hidden if shared_hidden is None else shared_hidden
-    if not isinstance(hidden, (int, np.integer)) or hidden < 1:
-        raise ValueError(f"shared_hidden = {hidden!r}: must be an integer of at least 1")
-    return SharedExperts(d_model, int(hidden), gate=gate, **ffn)
+    return SharedExperts(d_model, hidden, gate=gate, **ffn)
 
 
 def beside(x_TD: jax.Array, shared: SharedExperts) -> tuple[jax.Array, SharedExperts]:

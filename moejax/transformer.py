@@ -14,10 +14,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from custom_ops.checks import BadArgument, instance_of, one_of, require
+from moejax.activations import ACTIVATIONS
+from moejax.arguments import checked
 from moejax.attention import Attention, KVCache
 from moejax.layers import FeedForward, RMSNorm, init_matrix
 from moejax.losses import BatchLoad, cross_entropy
-from moejax.mesh import over_tokens, token_axes
+from moejax.mesh import over_tokens, require_divisible, token_axes
 from moejax.moe import MoE, MoEStats
 from moejax.order import after, gradients_first
 from moejax.routing import ROUTING_DECISION, Routing
@@ -109,6 +112,12 @@ class Block(nnx.Module):
         return x_BSD + attended, cache
 
 
+_checked = checked(
+    cache=instance_of(KVCache, "a KVCache, as Transformer.init_cache returns it"),
+    batch_load=instance_of(BatchLoad, "a BatchLoad"),
+)
+
+
 class Transformer(nnx.Module):
     """Pre-norm decoder with rotary positions.
 
@@ -128,6 +137,7 @@ class Transformer(nnx.Module):
       ValueError: sizes that do not divide, a layer number beyond the last, an unknown name.
     """
 
+    @checked(activation=one_of(ACTIVATIONS), remat=one_of(REMAT_POLICIES))
     def __init__(
         self,
         *,
@@ -147,10 +157,8 @@ class Transformer(nnx.Module):
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        if remat not in REMAT_POLICIES:
-            raise ValueError(f"remat = {remat!r}: must be one of {sorted(REMAT_POLICIES)}")
-        if not set(moe_layers) <= set(range(num_layers)):
-            raise ValueError(f"moe_layers = {sorted(moe_layers)}: must be numbers from 0 to {num_layers - 1}")
+        are_layers = set(moe_layers) <= set(range(num_layers))
+        require(are_layers, "moe_layers", moe_layers, f"must be numbers from 0 to {num_layers - 1}")
         self.dtype, self.remat, self.num_layers = dtype, remat, num_layers
         out_scale = (2 * num_layers) ** -0.5  # two additions per layer keep the residual stream at unit scale
         common = {"activation": activation, "out_scale": out_scale, "dtype": dtype}
@@ -187,6 +195,7 @@ class Transformer(nnx.Module):
         self.final_norm = RMSNorm(d_model)
         self.unembedding = None if tie_embeddings else embedding()
 
+    @_checked
     def __call__(
         self,
         tokens_BS: jax.Array,
@@ -217,6 +226,8 @@ class Transformer(nnx.Module):
           finite_L, whether each layer's output was finite; the filled cache.
         """
         context = self._context(tokens_BS, segments_BS, positions_BS)
+        if self.experts_of_layers:
+            require_divisible("tokens_BS", tokens_BS, tokens_BS.size, "tokens")
         graphdef, stacked = nnx.split(self.blocks)
         keys_L = None if key is None else jax.random.split(key, self.num_layers)
 
@@ -257,6 +268,7 @@ class Transformer(nnx.Module):
         stats, finite_L, cache = jax.tree.map(by_layer, (stats, finite, cache))
         return self.final_norm(x_BSD), stats, finite_L, cache
 
+    @_checked
     def routings(
         self,
         tokens_BS: jax.Array,
@@ -282,6 +294,9 @@ class Transformer(nnx.Module):
     def _context(
         self, tokens_BS: jax.Array, segments_BS: jax.Array | None, positions_BS: jax.Array | None
     ) -> Context:
+        for argument, value in (("segments_BS", segments_BS), ("positions_BS", positions_BS)):
+            fits = value is None or value.shape == tokens_BS.shape
+            require(fits, argument, value, f"must have the shape of tokens_BS, {list(tokens_BS.shape)}")
         if positions_BS is None:
             positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape)
         # Without the barrier XLA would take all cosines and sines again in every layer, forward and backward.
@@ -298,6 +313,7 @@ class Transformer(nnx.Module):
     def _repetitions(self) -> int:
         return self.num_layers // len(self.blocks)
 
+    @_checked
     def balance_routers(self, load_ME: jax.Array) -> None:
         """Let routers that keep a state change it after an optimizer step, and shadows their estimate of the load.
 
@@ -306,6 +322,10 @@ class Transformer(nnx.Module):
             first count.
         """
         layers = [block.ffn for block in self.blocks if isinstance(block.ffn, MoE)]
+        needed = (len(self.experts_of_layers), max(self.experts_of_layers, default=0))
+        require(
+            load_ME.shape == needed, "load_ME", load_ME, f"must be {list(needed)}, one for each MoE layer"
+        )
         load_RME = load_ME.reshape(self._repetitions, len(layers), -1)
         for index, layer in enumerate(layers):
             router = layer.router
@@ -327,17 +347,25 @@ class Transformer(nnx.Module):
         """The [V, D] matrix that turns hidden states into logits."""
         return self.embedding if self.unembedding is None else self.unembedding
 
+    @_checked
     def logits(self, hidden_BSD: jax.Array) -> jax.Array:
         """[B, S, D] -> [B, S, V] f32, whole in memory: for generation; training uses `loss`."""
         weights = self.output_embedding[...].astype(self.dtype)
         return jnp.dot(hidden_BSD, weights.T, preferred_element_type=jnp.float32)
 
+    @_checked
     def loss(self, hidden_BSD: jax.Array, targets_BS: jax.Array, *, chunk: int) -> jax.Array:
         """Summed cross-entropy in nats over all devices; targets below 0 count nothing.
 
         Args:
           chunk: tokens per device whose logits stand in memory at once.
         """
+
+        fits = targets_BS.shape == hidden_BSD.shape[:2]
+        require(
+            fits, "targets_BS", targets_BS, f"must be {list(hidden_BSD.shape[:2])}, as hidden_BSD has tokens"
+        )
+        require_divisible("hidden_BSD", hidden_BSD, hidden_BSD.shape[0], "sequences")
 
         def local(weights, _, hidden_BSD, targets_BS):
             axes = token_axes()
@@ -357,6 +385,7 @@ class Transformer(nnx.Module):
         )
         return after(total, total)  # backward begins when the forward pass has been summed
 
+    @_checked
     def init_cache(self, batch_size: int, window: int) -> KVCache:
         """An empty cache of the last `window` positions, [L, B, W, G, h]."""
         attention = self.blocks[0].attention
@@ -377,9 +406,16 @@ def _kinds(
 ) -> list[Mapping[str, Any] | None]:
     """The arguments of each layer's `MoE`; None for a dense one."""
     if not set(moe_of_layer) <= set(moe_layers):
-        raise ValueError(
-            f"moe_of_layer = {sorted(moe_of_layer)}: must be of moe_layers, {sorted(moe_layers)}"
-        )
+        numbers = f"must be for numbers among moe_layers, {sorted(moe_layers)}"
+        raise BadArgument("moe_of_layer", dict(moe_of_layer), numbers)
+    used = [("moe", moe)] * (not set(moe_layers) <= set(moe_of_layer))
+    used += [(f"moe_of_layer[{number}]", arguments) for number, arguments in moe_of_layer.items()]
+    for argument, arguments in used:
+        for name in ("d_hidden", "num_experts"):
+            require(name in arguments, argument, dict(arguments), f"must have {name!r}")
+        for name in ("d_model", "experts", "out_scale", "dtype", "rngs"):
+            rule = f"must not have {name!r}, which is the model's own"
+            require(name not in arguments, argument, dict(arguments), rule)
     return [moe_of_layer.get(layer, moe) if layer in moe_layers else None for layer in range(num_layers)]
 
 

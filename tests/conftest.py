@@ -12,10 +12,13 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 # Most of the suite's time is compilation; the programs are tiny, so LLVM need not optimise them, and jax 0.10 need not
 # take its slower way to LLVM. `.ci/all` runs what is promised to the bit as users run it too.
-CHEAP = "--xla_backend_optimization_level=0"
-if importlib.metadata.version("jax").startswith("0.10."):
-    CHEAP += " --xla_cpu_use_fusion_emitters=false"
-os.environ["XLA_FLAGS"] = f"{CHEAP} {os.environ.get('XLA_FLAGS', '')}"
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        "--xla_backend_optimization_level=0",
+        *["--xla_cpu_use_fusion_emitters=false"] * importlib.metadata.version("jax").startswith("0.10."),
+        os.environ.get("XLA_FLAGS", ""),
+    ]
+)
 
 import jax
 import pytest
@@ -38,5 +41,7 @@ def pytest_collection_modifyitems(config, items):
     number = config.getoption("--fifth")
     if number is not None:
         chosen = items[number % 5 :: 5]
-        config.hook.pytest_deselected(items=[item for place, item in enumerate(items) if (place - number) % 5])
+        config.hook.pytest_deselected(
+            items=[item for place, item in enumerate(items) if (place - number) % 5]
+        )
         items[:] = chosen

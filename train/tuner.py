@@ -72,7 +72,7 @@ class Tuner:
             top_k=getattr(router, "max_experts", router.top_k),
             width=layer.d_model,
             dtype=DTYPES[self._config.precision],
-            **layer.delivery,
+            **layer.delivery.arguments(),
         )
         lines = []
         for axis, seconds in levels.estimates.items():

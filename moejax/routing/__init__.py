@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from typing import Any
 
 from flax import nnx
 
+from custom_ops.checks import one_of
+from moejax.arguments import checked
 from moejax.routing.cosine import Cosine as Cosine
 from moejax.routing.decision import ROUTING_DECISION as ROUTING_DECISION
 from moejax.routing.decision import Routing as Routing
@@ -59,6 +60,7 @@ def is_linear(name: str) -> bool:
     return issubclass(ROUTERS[name], LinearRouter)
 
 
+@checked(name=lambda _, value: one_of(ROUTERS)("router", value))
 def make_router(
     name: str, d_model: int, num_experts: int, *, top_k: int | None = None, rngs: nnx.Rngs, **options: Any
 ) -> Router:
@@ -67,10 +69,6 @@ def make_router(
     Raises:
       ValueError: an unknown name (names the nearest), an option that this router does not have, a bad value.
     """
-    if name not in ROUTERS:
-        (nearest,) = difflib.get_close_matches(name, ROUTERS, n=1, cutoff=0.0)
-        rule = f"must be one of {', '.join(ROUTERS)}; the nearest is {nearest}"
-        raise BadOption("router", repr(name), rule)
     known = router_options(name)
     for option, value in options.items():
         if option not in known:

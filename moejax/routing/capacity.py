@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from custom_ops.checks import one_of
 from moejax.routing.decision import keep_decision
 from moejax.routing.groups import by_group, draw
-from moejax.routing.router import BadOption
 
 DROP_BY = ("position", "score", "random")
 
@@ -28,13 +28,7 @@ class Capacity(nnx.Module):
     """
 
     def __init__(self, factor: float, eval_factor: float, drop_by: str, groups: int):
-        for name, value in (("capacity_factor", factor), ("eval_capacity_factor", eval_factor)):
-            if not value > 0:
-                raise BadOption(name, value, "must be above 0")
-        if drop_by not in DROP_BY:
-            raise BadOption("drop_by", drop_by, f"must be one of {', '.join(DROP_BY)}")
-        if groups < 1:
-            raise BadOption("groups", groups, "must be at least 1")
+        one_of(DROP_BY)("drop_by", drop_by)
         self.factor, self.eval_factor, self.drop_by, self.groups = factor, eval_factor, drop_by, groups
 
     def __call__(

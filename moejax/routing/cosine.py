@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from custom_ops.checks import require
+from moejax.arguments import checked
 from moejax.layers import init_matrix
 from moejax.routing.decision import Routing, only_valid, softmax_top_k, valid_tokens
-from moejax.routing.router import BadOption, Router
+from moejax.routing.router import Router
 
 
 class Cosine(Router):
@@ -26,6 +28,7 @@ class Cosine(Router):
 
     _LARGEST = math.log(100.0)  # of s: the smallest temperature is 0.01
 
+    @checked()
     def __init__(
         self,
         d_model: int,
@@ -38,15 +41,18 @@ class Cosine(Router):
     ):
         super().__init__(num_experts, top_k)
         width = min(max(num_experts // 2, 8), d_model) if projection is None else projection
-        if width < 1:
-            raise BadOption("projection", projection, "must be at least 1")
         self.normalize = normalize
         self.w_DR = init_matrix(rngs, (d_model, width), axes=("embed", "router"), std=d_model**-0.5)
         self.points_RE = init_matrix(rngs, (width, num_experts), axes=("router", "router"), std=width**-0.5)
         self.log_scale = nnx.Param(jnp.float32(math.log(1 / 0.3)), axes=())
 
+    @checked()
     def __call__(self, x_TD, *, token_mask_T=None, token_ids_T=None, key=None) -> Routing:
         """As `Router`; nothing is drawn."""
+        width = self.w_DR.shape[0]
+        require(
+            x_TD.shape[1] == width, "x_TD", x_TD, f"must be [T, {width}], as wide as the router's d_model"
+        )
         directions_TR = _unit(jnp.dot(x_TD.astype(jnp.float32), self.w_DR[...]), axis=1)
         cosine_TE = jnp.dot(directions_TR, _unit(self.points_RE[...], axis=0))
         logits_TE = cosine_TE * jnp.exp(jnp.minimum(self.log_scale[...], self._LARGEST))

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from custom_ops.checks import require
+
 ROUTING_DECISION = "moejax_routing_decision"
 
 
@@ -43,6 +45,9 @@ class Routing:
 
 def valid_tokens(x_TD: jax.Array, token_mask_T: jax.Array | None) -> jax.Array:
     """The token mask, or all True."""
+    if token_mask_T is not None:
+        fits = token_mask_T.shape == x_TD.shape[:1]
+        require(fits, "token_mask_T", token_mask_T, f"must be [{x_TD.shape[0]}], one for each token")
     return jnp.ones(x_TD.shape[:1], bool) if token_mask_T is None else token_mask_T
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moejax.arguments import checked
 from moejax.routing.capacity import ceil_share
 from moejax.routing.decision import Routing, keep_decision, pick, valid_tokens
 from moejax.routing.groups import by_group
@@ -34,6 +35,7 @@ class ExpertChoice(LinearRouter):
 
     default_losses: ClassVar[dict[str, float]] = {"z": 0.001}
 
+    @checked()
     def __init__(
         self,
         d_model: int,
@@ -53,13 +55,9 @@ class ExpertChoice(LinearRouter):
             rule = f"must be between 1 and num_experts ({num_experts})"
             raise BadOption("max_experts", max_experts, rule)
         eval_factor = capacity_factor if eval_capacity_factor is None else eval_capacity_factor
-        for name, factor in (("capacity_factor", capacity_factor), ("eval_capacity_factor", eval_factor)):
-            if not factor > 0:
-                raise BadOption(name, factor, "must be above 0")
-        if groups < 1:
-            raise BadOption("groups", groups, "must be at least 1")
         self.capacity_factor, self.eval_factor, self.groups = capacity_factor, eval_factor, groups
 
+    @checked()
     def __call__(self, x_TD, *, token_mask_T=None, token_ids_T=None, key=None) -> Routing:
         """As `Router`; nothing is drawn."""
         logits_TE = self.logits(x_TD)

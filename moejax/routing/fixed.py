@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moejax.arguments import checked
 from moejax.routing.decision import Routing, only_valid, valid_tokens
 from moejax.routing.groups import draw
 from moejax.routing.router import BadOption, Router
@@ -37,6 +38,7 @@ class Hash(_Fixed):
       hash_seed: of the hash.
     """
 
+    @checked()
     def __init__(
         self,
         d_model: int,
@@ -49,6 +51,7 @@ class Hash(_Fixed):
         super().__init__(num_experts, top_k)
         self.hash_seed = hash_seed
 
+    @checked()
     def __call__(self, x_TD, *, token_mask_T=None, token_ids_T=None, key=None) -> Routing:
         """As `Router`; needs `token_ids_T`."""
         if token_ids_T is None:
@@ -62,11 +65,13 @@ class Hash(_Fixed):
 class Random(_Fixed):
     """K different experts, drawn evenly by the token's place in the batch; without a key always the same ones."""
 
+    @checked()
     def __init__(
         self, d_model: int, num_experts: int, *, top_k: int | None = None, rngs: nnx.Rngs | None = None
     ):
         super().__init__(num_experts, top_k)
 
+    @checked()
     def __call__(self, x_TD, *, token_mask_T=None, token_ids_T=None, key=None) -> Routing:
         """As `Router`."""
         key = jax.random.key(0) if key is None else key
@@ -83,6 +88,7 @@ class One(_Fixed):
 
     default_top_k: ClassVar[int] = 1
 
+    @checked()
     def __init__(
         self,
         d_model: int,
@@ -93,10 +99,11 @@ class One(_Fixed):
         rngs: nnx.Rngs | None = None,
     ):
         super().__init__(num_experts, top_k)
-        if not 0 <= expert < num_experts:
+        if expert >= num_experts:
             raise BadOption("expert", expert, f"must be between 0 and {num_experts - 1}")
         self.expert = expert
 
+    @checked()
     def __call__(self, x_TD, *, token_mask_T=None, token_ids_T=None, key=None) -> Routing:
         """As `Router`."""
         ids_K = (self.expert + jnp.arange(self.top_k, dtype=jnp.int32)) % self.num_experts

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moejax.arguments import checked
 from moejax.routing.capacity import Capacity
 from moejax.routing.decision import Routing, only_valid, softmax_top_k, valid_tokens
 from moejax.routing.groups import draw
@@ -31,6 +32,7 @@ class GShard(LinearRouter):
 
     only_top_k: ClassVar[int | None] = 2
 
+    @checked()
     def __init__(
         self,
         d_model: int,
@@ -49,6 +51,7 @@ class GShard(LinearRouter):
         self.random_second = random_second
         self.capacity = Capacity(capacity_factor, eval_capacity_factor, drop_by, groups)
 
+    @checked()
     def __call__(self, x_TD, *, token_mask_T=None, token_ids_T=None, key=None) -> Routing:
         """As `Router`."""
         logits_TE = self.logits(x_TD)

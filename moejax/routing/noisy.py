@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moejax.arguments import checked
 from moejax.normal import normal_cdf
 from moejax.routing.decision import Routing, combine_weights, only_valid, pick, top_k_ids, valid_tokens
 from moejax.routing.groups import draw
@@ -29,6 +30,7 @@ class NoisyTopK(LinearRouter):
 
     default_losses: ClassVar[dict[str, float]] = {"importance": 0.1, "load": 0.1}
 
+    @checked()
     def __init__(
         self,
         d_model: int,
@@ -45,6 +47,7 @@ class NoisyTopK(LinearRouter):
         zeros_DE = jnp.zeros((d_model, num_experts), jnp.float32)
         self.w_noise_DE = nnx.Param(zeros_DE, axes=("embed", "router"))
 
+    @checked()
     def __call__(self, x_TD, *, token_mask_T=None, token_ids_T=None, key=None) -> Routing:
         """As `Router`."""
         logits_TE = self.logits(x_TD)

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from custom_ops.checks import one_of
+from moejax.arguments import checked
 from moejax.routing.decision import (
     Routing,
     combine_weights,
@@ -38,6 +40,7 @@ class RoundedTopK(LinearRouter):
       groups: see `Capacity`.
     """
 
+    @checked(rounding=one_of(ROUNDINGS))
     def __init__(
         self,
         d_model: int,
@@ -57,15 +60,10 @@ class RoundedTopK(LinearRouter):
         if not self.top_k <= self.max_experts <= num_experts:
             rule = f"must be between top_k ({self.top_k}) and num_experts ({num_experts})"
             raise BadOption("max_experts", max_experts, rule)
-        if tile < 1:
-            raise BadOption("tile", tile, "must be at least 1")
-        if rounding not in ROUNDINGS:
-            raise BadOption("rounding", rounding, f"must be one of {', '.join(ROUNDINGS)}")
-        if groups < 1:
-            raise BadOption("groups", groups, "must be at least 1")
         self.tile, self.rounding, self.groups = tile, rounding, groups
         self.normalize = self.top_k > 1 if normalize is None else normalize
 
+    @checked()
     def __call__(self, x_TD, *, token_mask_T=None, token_ids_T=None, key=None) -> Routing:
         """As `Router`; nothing is drawn."""
         logits_TE = self.logits(x_TD)

@@ -11,22 +11,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from custom_ops.checks import BadArgument, require
+from moejax.arguments import checked
 from moejax.layers import init_matrix
 from moejax.routing.decision import Routing
 
-
-class BadOption(ValueError):
-    """An argument that a router refuses.
-
-    Args:
-      argument: its name.
-      value: what was given.
-      rule: what is allowed.
-    """
-
-    def __init__(self, argument: str, value: object, rule: str):
-        self.argument, self.value, self.rule = argument, value, rule
-        super().__init__(f"{argument} = {value}: {rule}")
+BadOption = BadArgument  # as the routers and their callers name it
 
 
 class RouterState(nnx.Variable):
@@ -46,6 +36,7 @@ class Router(nnx.Module):
     # Weights of the losses where the layer is not told.
     default_losses: ClassVar[dict[str, float]] = {"balance": 0.01, "z": 0.001}
 
+    @checked()
     def __init__(self, num_experts: int, top_k: int | None):
         self.num_experts = num_experts
         self.top_k = self.default_top_k if top_k is None else top_k
@@ -65,6 +56,7 @@ class Router(nnx.Module):
         """Route, in f32 whatever the dtype of x."""
         raise NotImplementedError
 
+    @checked()
     def balance(self, load_E: jax.Array) -> None:
         """Change the router's state after an optimizer step, given the choices per expert of the global batch."""
 
@@ -81,5 +73,9 @@ class LinearRouter(Router):
 
     def logits(self, x_TD: jax.Array) -> jax.Array:
         """[T, D] -> [T, E] f32."""
+        width = self.w_DE.shape[0]
+        require(
+            x_TD.shape[1] == width, "x_TD", x_TD, f"must be [T, {width}], as wide as the router's d_model"
+        )
         logits_TE = jnp.dot(x_TD.astype(jnp.float32), self.w_DE[...])
         return logits_TE if self.b_E is None else logits_TE + self.b_E[...][None, :]

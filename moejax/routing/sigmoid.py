@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moejax.arguments import checked
 from moejax.routing.decision import Routing, only_valid, pick, softmax_of_chosen, top_k_ids, valid_tokens
 from moejax.routing.expert_groups import ExpertGroups
-from moejax.routing.router import BadOption, LinearRouter, RouterState
+from moejax.routing.router import LinearRouter, RouterState
 
 
 class Sigmoid(LinearRouter):
@@ -34,6 +35,7 @@ class Sigmoid(LinearRouter):
     # The bias balances; the loss is only to be asked for, for instance per sequence with a weight of 1e-4.
     default_losses: ClassVar[dict[str, float]] = {}
 
+    @checked()
     def __init__(
         self,
         d_model: int,
@@ -52,14 +54,11 @@ class Sigmoid(LinearRouter):
         self.expert_groups = ExpertGroups.of_options(
             expert_groups, limit_groups, best=2, num_experts=num_experts, top_k=self.top_k
         )
-        if bias_rate < 0:
-            raise BadOption("bias_rate", bias_rate, "must be at least 0")
-        if not scale > 0:
-            raise BadOption("scale", scale, "must be above 0")
         self.bias_rate, self.scale = bias_rate, scale
         self.normalize = self.top_k > 1 if normalize is None else normalize
         self.selection_bias_E = RouterState(jnp.zeros((num_experts,), jnp.float32), axes=("router",))
 
+    @checked()
     def __call__(self, x_TD, *, token_mask_T=None, token_ids_T=None, key=None) -> Routing:
         """As `Router`; nothing is drawn."""
         logits_TE = self.logits(x_TD)
@@ -76,6 +75,7 @@ class Sigmoid(LinearRouter):
         )
         return Routing(ids_TK, weights_TK, logits_TE, jax.nn.softmax(log_sigmoid_TE, axis=-1), valid_T)
 
+    @checked()
     def balance(self, load_E: jax.Array) -> None:
         """bias += rate * sign(mean load - load)."""
         load_E = load_E.astype(jnp.float32)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moejax.arguments import checked
 from moejax.routing.decision import (
     Routing,
     combine_weights,
@@ -20,7 +21,7 @@ from moejax.routing.decision import (
     valid_tokens,
 )
 from moejax.routing.groups import by_group
-from moejax.routing.router import BadOption, LinearRouter
+from moejax.routing.router import LinearRouter
 
 
 class Sinkhorn(LinearRouter):
@@ -37,6 +38,7 @@ class Sinkhorn(LinearRouter):
 
     default_losses: ClassVar[dict[str, float]] = {"z": 0.001}
 
+    @checked()
     def __init__(
         self,
         d_model: int,
@@ -50,11 +52,9 @@ class Sinkhorn(LinearRouter):
         rngs: nnx.Rngs,
     ):
         super().__init__(d_model, num_experts, top_k, router_bias, rngs)
-        for name, value in (("iterations", iterations), ("groups", groups)):
-            if value < 1:
-                raise BadOption(name, value, "must be at least 1")
         self.iterations, self.groups, self.normalize = iterations, groups, normalize
 
+    @checked()
     def __call__(self, x_TD, *, token_mask_T=None, token_ids_T=None, key=None) -> Routing:
         """As `Router`; nothing is drawn."""
         logits_TE = self.logits(x_TD)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moejax.arguments import checked
 from moejax.routing.capacity import ceil_share
 from moejax.routing.decision import (
     Routing,
@@ -41,6 +42,7 @@ class Swipe(LinearRouter):
 
     default_losses: ClassVar[dict[str, float]] = {"z": 0.001}
 
+    @checked()
     def __init__(
         self,
         d_model: int,
@@ -55,15 +57,12 @@ class Swipe(LinearRouter):
         rngs: nnx.Rngs,
     ):
         super().__init__(d_model, num_experts, top_k, router_bias, rngs)
-        if devices < 1 or num_experts % devices:
+        if num_experts % devices:
             raise BadOption("devices", devices, f"must divide num_experts ({num_experts})")
-        if not budget_factor >= 1:
-            raise BadOption("budget_factor", budget_factor, "must be at least 1, so that all choices fit")
-        if groups < 1:
-            raise BadOption("groups", groups, "must be at least 1")
         self.devices, self.budget_factor, self.groups = devices, budget_factor, groups
         self.normalize = normalize
 
+    @checked()
     def __call__(self, x_TD, *, token_mask_T=None, token_ids_T=None, key=None) -> Routing:
         """As `Router`; nothing is drawn."""
         logits_TE = self.logits(x_TD)

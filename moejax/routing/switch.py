@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moejax.arguments import checked
 from moejax.routing.capacity import Capacity
 from moejax.routing.decision import Routing, only_valid, softmax_top_k, valid_tokens
 from moejax.routing.groups import draw
-from moejax.routing.router import BadOption, LinearRouter
+from moejax.routing.router import LinearRouter
 
 
 class Switch(LinearRouter):
@@ -30,6 +31,7 @@ class Switch(LinearRouter):
     default_top_k: ClassVar[int] = 1
     only_top_k: ClassVar[int | None] = 1
 
+    @checked()
     def __init__(
         self,
         d_model: int,
@@ -45,11 +47,10 @@ class Switch(LinearRouter):
         rngs: nnx.Rngs,
     ):
         super().__init__(d_model, num_experts, top_k, router_bias, rngs)
-        if not 0 <= jitter < 1:
-            raise BadOption("jitter", jitter, "must be at least 0 and below 1")
         self.jitter = jitter
         self.capacity = Capacity(capacity_factor, eval_capacity_factor, drop_by, groups)
 
+    @checked()
     def __call__(self, x_TD, *, token_mask_T=None, token_ids_T=None, key=None) -> Routing:
         """As `Router`."""
         valid_T = valid_tokens(x_TD, token_mask_T)

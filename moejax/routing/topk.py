@@ -8,9 +8,10 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
+from moejax.arguments import checked
 from moejax.routing.decision import Routing, combine_weights, only_valid, top_k_ids, valid_tokens
 from moejax.routing.expert_groups import ExpertGroups
-from moejax.routing.router import BadOption, LinearRouter
+from moejax.routing.router import LinearRouter
 
 
 class TopK(LinearRouter):
@@ -25,6 +26,7 @@ class TopK(LinearRouter):
       router_bias: add a learned bias to the logits.
     """
 
+    @checked()
     def __init__(
         self,
         d_model: int,
@@ -39,14 +41,13 @@ class TopK(LinearRouter):
         rngs: nnx.Rngs,
     ):
         super().__init__(d_model, num_experts, top_k, router_bias, rngs)
-        if not scale > 0:
-            raise BadOption("scale", scale, "must be above 0")
         self.expert_groups = ExpertGroups.of_options(
             expert_groups, limit_groups, best=1, num_experts=num_experts, top_k=self.top_k
         )
         self.scale = scale
         self.normalize = self.top_k > 1 if normalize is None else normalize
 
+    @checked()
     def __call__(self, x_TD, *, token_mask_T=None, token_ids_T=None, key=None) -> Routing:
         """As `Router`; nothing is drawn."""
         logits_TE = self.logits(x_TD)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moejax.arguments import checked
 from moejax.routing.capacity import within_limit
 from moejax.routing.decision import (
     Routing,
@@ -38,6 +39,7 @@ class Topology(LinearRouter):
       normalize, router_bias: as for `TopK`.
     """
 
+    @checked()
     def __init__(
         self,
         d_model: int,
@@ -52,18 +54,17 @@ class Topology(LinearRouter):
         rngs: nnx.Rngs,
     ):
         super().__init__(d_model, num_experts, top_k, router_bias, rngs)
-        if nodes < 1 or num_experts % nodes:
+        if num_experts % nodes:
             raise BadOption("nodes", nodes, f"must divide num_experts ({num_experts})")
         if num_experts // nodes < self.top_k:
             rule = f"leaves a node {num_experts // nodes} experts, fewer than top_k ({self.top_k})"
             raise BadOption("nodes", nodes, rule)
-        if not 0 <= off_node_share <= 1:
-            raise BadOption("off_node_share", off_node_share, "must be between 0 and 1")
         self.groups = nodes if groups is None else groups
-        if self.groups < 1 or self.groups % nodes:
+        if self.groups % nodes:
             raise BadOption("groups", groups, f"must be a multiple of nodes ({nodes})")
         self.nodes, self.off_node_share, self.normalize = nodes, off_node_share, normalize
 
+    @checked()
     def __call__(self, x_TD, *, token_mask_T=None, token_ids_T=None, key=None) -> Routing:
         """As `Router`; nothing is drawn."""
         logits_TE = self.logits(x_TD)

@@ -208,8 +208,8 @@ def compile_for(device: jax.Device, function, *arguments, dump: pathlib.Path | N
     Args:
       dump: folder for the PTX of all kernels but Mosaic's.
     """
-    # The suite's flags forbid optimising, which is for CPU programs that run once. From jax 0.11 on XLA has no tiles for
-    # its own dense products by Triton where it cannot time them.
+    # The suite's flags forbid optimising, which is for CPU programs that run once. From jax 0.11 on XLA finds no tiles
+    # for dense products by Triton where it cannot time them.
     options: dict[str, int | str] = {"xla_backend_optimization_level": 3, "xla_gpu_enable_triton_gemm": False}
     if dump is not None:
         options["xla_dump_to"] = str(dump)

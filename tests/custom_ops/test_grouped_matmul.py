@@ -341,18 +341,18 @@ ROWS, W, DOUT, SIZES = jnp.zeros((6, 3)), jnp.zeros((2, 3, 4)), jnp.zeros((6, 4)
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: grouped_matmul(ROWS[0], W, SIZES), ("rows_ND", "rank 2", "(3,)")),
-        (lambda: grouped_matmul(ROWS, W[0], SIZES), ("w_EDF", "rank 3", "(3, 4)")),
-        (lambda: grouped_matmul(ROWS, W[:, :2], SIZES), ("rows_ND", "width 2", "(6, 3)")),
-        (lambda: grouped_matmul(ROWS, W, SIZES[:1]), ("group_sizes_E", "2 groups", "(1,)")),
+        (lambda: grouped_matmul(ROWS[0], W, SIZES), ("rows_ND", "array [N, D]", "[3]")),
+        (lambda: grouped_matmul(ROWS, W[0], SIZES), ("w_EDF", "array [E, D, F]", "[3, 4]")),
+        (lambda: grouped_matmul(ROWS, W[:, :2], SIZES), ("rows_ND", "width 2", "[6, 3]")),
+        (lambda: grouped_matmul(ROWS, W, SIZES[:1]), ("group_sizes_E", "2 groups", "[1]")),
         (lambda: grouped_matmul(ROWS, W, SIZES.astype(jnp.float32)), ("group_sizes_E", "integer", "float32")),
         (lambda: grouped_matmul(ROWS.astype(int), W, SIZES), ("rows_ND", "floating", "int32")),
         (lambda: grouped_matmul(ROWS, W.astype(jnp.bfloat16), SIZES), ("w_EDF", "float32", "bfloat16")),
         (lambda: grouped_matmul(ROWS, W, SIZES, implementation="window"), ("implementation", "windows")),
         (lambda: grouped_matmul(ROWS, W, SIZES, implementation="mosaic"), ("implementation", "Hopper")),
-        (lambda: grouped_matmul_dlhs(ROWS, W, SIZES), ("dout_NF", "width 4", "(6, 3)")),
+        (lambda: grouped_matmul_dlhs(ROWS, W, SIZES), ("dout_NF", "width 4", "[6, 3]")),
         (lambda: grouped_matmul_dlhs(DOUT, W, SIZES[:1]), ("group_sizes_E", "2 groups")),
-        (lambda: grouped_matmul_drhs(ROWS, DOUT[:5], SIZES), ("dout_NF", "6 rows", "(5, 4)")),
+        (lambda: grouped_matmul_drhs(ROWS, DOUT[:5], SIZES), ("dout_NF", "6 rows", "[5, 4]")),
     ],
 )
 def test_refuses(call, words):

@@ -261,20 +261,20 @@ X, ROWS, WEIGHTS = jnp.zeros((4, 3)), jnp.zeros((8, 3)), jnp.zeros((4, 2))
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: custom_ops.permute(X, (1, 2)), ("plan", "make_plan", "tuple")),
-        (lambda: custom_ops.unpermute(ROWS, None), ("plan", "make_plan", "NoneType")),
+        (lambda: custom_ops.permute(X, (1, 2)), ("plan", "make_plan", "(1, 2)")),
+        (lambda: custom_ops.unpermute(ROWS, None), ("plan", "make_plan", "None")),
         (
             lambda: custom_ops.unpermute(ROWS, dataclasses.replace(PLAN, num_choices=3)),
             ("plan.num_choices", "2 as in plan.position_TK", "3"),
         ),
-        (lambda: custom_ops.permute(X[0], PLAN), ("x_TD", "rank 2", "(3,)")),
-        (lambda: custom_ops.permute(X[:3], PLAN), ("x_TD", "4 tokens", "(3, 3)")),
-        (lambda: custom_ops.permute(X, PLAN, WEIGHTS[:, :1]), ("weights_TK", "(4, 2)", "(4, 1)")),
+        (lambda: custom_ops.permute(X[0], PLAN), ("x_TD", "array [T, D]", "[3]")),
+        (lambda: custom_ops.permute(X[:3], PLAN), ("x_TD", "4 tokens", "[3, 3]")),
+        (lambda: custom_ops.permute(X, PLAN, WEIGHTS[:, :1]), ("weights_TK", "(4, 2)", "[4, 1]")),
         (lambda: custom_ops.permute(X, PLAN, WEIGHTS.astype(int)), ("weights_TK", "floating", "int32")),
         (lambda: custom_ops.permute(X.astype(int), PLAN, WEIGHTS), ("x_TD", "floating", "int32")),
-        (lambda: custom_ops.unpermute(ROWS[:5], PLAN), ("rows_ND", "8 rows", "(5, 3)")),
+        (lambda: custom_ops.unpermute(ROWS[:5], PLAN), ("rows_ND", "8 rows", "[5, 3]")),
         (lambda: custom_ops.unpermute(ROWS.astype(int), PLAN), ("rows_ND", "floating", "int32")),
-        (lambda: custom_ops.unpermute(ROWS, PLAN, WEIGHTS[0]), ("weights_TK", "rank 2", "(2,)")),
+        (lambda: custom_ops.unpermute(ROWS, PLAN, WEIGHTS[0]), ("weights_TK", "array [T, K]", "[2]")),
         (
             lambda: jax.eval_shape(custom_ops.permute, jax.ShapeDtypeStruct((4, 2**30), jnp.int8), PLAN),
             ("x_TD", "2**31", "1073741824"),

@@ -183,11 +183,11 @@ def test_plan_is_a_pytree_with_static_choices():
 @pytest.mark.parametrize(
     "dest, P, B, words",
     [
-        (jnp.zeros((3,), jnp.int32), 2, None, ("dest_TK", "rank 2", "(3,)")),
+        (jnp.zeros((3,), jnp.int32), 2, None, ("dest_TK", "array [T, K]", "[3]")),
         (jnp.zeros((3, 1), jnp.float32), 2, None, ("dest_TK", "integer", "float32")),
         (jnp.zeros((3, 0), jnp.int32), 2, None, ("dest_TK", "at least one choice")),
         (jnp.zeros((3, 1), jnp.int32), 0, None, ("num_destinations", "at least 1", "0")),
-        (jnp.zeros((3, 1), jnp.int32), 2**31, None, ("num_destinations", "below 2**31", "2147483648")),
+        (jnp.zeros((3, 1), jnp.int32), 2**31, None, ("num_destinations", "at most 2147483647", "2147483648")),
         (jnp.zeros((3, 1), jnp.int32), 2, 0, ("bucket_rows", "at least 1", "0")),
         (jnp.zeros((3, 1), jnp.int32), 2**16, 2**15, ("bucket_rows", "2**31")),
     ],

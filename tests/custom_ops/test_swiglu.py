@@ -65,7 +65,7 @@ def test_extreme_gates():
         ((3, 5), (3, 2), (3,), "even"),
         ((3, 4), (3, 3), (3,), "da_NF"),
         ((3, 4), (3, 2), (2,), "weight_N"),
-        ((4,), (3, 2), (3,), "rank 2"),
+        ((4,), (3, 2), (3,), r"array \[N, 2F\]"),
     ],
 )
 def test_refuses(hidden, da, weight, word):

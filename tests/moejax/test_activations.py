@@ -13,7 +13,7 @@ from flax import nnx
 
 import moejax
 from custom_ops import make_plan
-from moejax.activations import ACTIVATIONS, find_activation
+from moejax.activations import ACTIVATIONS
 from tests import tolerance
 from tests.moejax import oracle
 from tests.moejax.every_argument import assert_same
@@ -100,7 +100,6 @@ def test_the_exact_gelu_in_other_dtypes(dtype):
 
 
 @pytest.mark.parametrize("make", [
-    lambda: find_activation("rellu"),
     lambda: moejax.FeedForward(D, F, activation="rellu", rngs=nnx.Rngs(0)),
     lambda: moejax.Experts(E, D, F, activation="rellu", rngs=nnx.Rngs(0)),
     lambda: moejax.MoE(D, F, E, experts="rellu", rngs=nnx.Rngs(0)),

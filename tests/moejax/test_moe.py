@@ -193,29 +193,18 @@ def test_expert_init_has_the_fan_in_of_one_expert():
     ("options", "message"),
     [
         ({"top_k": 9}, r"top_k = 9: must be between 1 and num_experts \(8\)"),
-        ({"top_k": 0}, "top_k = 0"),
-        ({"top_k": 1, "router": "nope"}, "router = 'nope': must be one of"),
-        ({"top_k": 1, "exchange": "nope"}, "exchange = 'nope': must be one of"),
-        ({"top_k": 1, "overflow": "nope"}, "overflow = 'nope': must be one of"),
-        ({"top_k": 1, "wire": "nope"}, "wire = 'nope': must be one of"),
-        ({"top_k": 1, "buffer_factor": 0.0}, "buffer_factor = 0.0: must be a positive finite number"),
-        ({"top_k": 1, "chunks": 0}, "chunks = 0: must be at least 1"),
+        ({"top_k": 1, "exchange": "ragd"}, "exchange = 'ragd': must be one of .*; the nearest is ragged"),
+        ({"top_k": 1, "experts": "swigl"}, "experts = 'swigl': must be one of .*; the nearest is swiglu"),
+        ({"top_k": 1, "capacity_factor": 2.0}, "capacity_factor = 2.0: .* the nearest .* is buffer_factor"),
         (
             {"top_k": 1, "router": "hash", "orthogonality_weight": 0.1},
             "orthogonality_weight = 0.1: needs a router with",
         ),
-        ({"top_k": 1, "num_experts": 0}, "num_experts = 0: must be an integer of at least 1"),
-        ({"top_k": 1, "shared_experts": -1}, "shared_experts = -1: must be an integer of at least 0"),
         ({"top_k": 1, "shared_hidden": 8}, "shared_hidden = 8: needs shared_experts of at least 1"),
         ({"top_k": 1, "shared_gate": True}, "shared_gate = True: needs shared_experts of at least 1"),
         (
-            {"top_k": 1, "shared_experts": 1, "shared_hidden": 0},
-            "shared_hidden = 0: must be an integer of at least 1",
-        ),
-        ({"top_k": 1, "shared_expert": 1}, "shared_expert = 1: router topk has no such option"),
-        (
             {"top_k": 3, "router": moejax.TopK(D, E, top_k=2, rngs=nnx.Rngs(0))},
-            r"top_k = 3: must be the router's own \(2\) or None with a router that is a module",
+            r"top_k = 3: must be the router's own \(2\) or None where router is a module",
         ),
         ({"top_k": 1, "shadow": 9}, r"shadow = 9: must be at most num_experts \(8\)"),
     ],
@@ -231,11 +220,13 @@ def test_bad_arguments_are_named(options, message):
         (
             (3, 5),
             {},
-            r"x: must be \[..., d_model\], with the layer's d_model \(\d+\) last, got shape \(3, 5\)",
+            r"x = float32\[3, 5\]: must be \[..., d_model\], with the layer's d_model \(\d+\) last",
         ),
-        ((), {}, r"x: must be \[..., d_model\]"),
-        (None, {"token_mask": np.ones(3, np.int32)}, r"token_mask: must be bool_?\[4\], .* got int32\[3\]"),
-        (None, {"token_ids": np.ones(4)}, r"token_ids: must be integer\[4\], .* got float64\[4\]"),
+        (
+            None,
+            {"token_mask": np.ones(3, bool)},
+            r"token_mask = bool\[3\]: must be \[4\], one for each token",
+        ),
     ],
     ids=str,
 )
@@ -243,8 +234,6 @@ def test_bad_arrays_are_named(shape, arguments, message):
     layer = make_layer(1)
     with pytest.raises(ValueError, match=message):
         layer(jnp.ones((4, layer.d_model) if shape is None else shape), **arguments)
-    with pytest.raises(ValueError, match="x: must be floating, got int32"):
-        layer(jnp.ones((4, layer.d_model), jnp.int32))
 
 
 def test_drop_drops_the_same_choices_on_every_layout():

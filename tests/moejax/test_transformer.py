@@ -219,8 +219,8 @@ def test_initial_loss_is_that_of_guessing():
     [
         ({"num_heads": 5}, "d_model = 32: must give each of num_heads"),
         ({"num_kv_heads": 3}, "num_kv_heads = 3: must divide num_heads"),
-        ({"moe_layers": (4,)}, r"moe_layers = \[4\]: must be numbers from 0 to 3"),
-        ({"remat": "all"}, "remat = 'all': must be one of"),
+        ({"moe_layers": (4,)}, r"moe_layers = \(4,\): must be numbers from 0 to 3"),
+        ({"moe": {"d_hidden": 8}}, r"moe = \{'d_hidden': 8\}: must have 'num_experts'"),
     ],
 )
 def test_bad_arguments_are_named(options, message):

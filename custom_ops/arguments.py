@@ -1,0 +1,25 @@
+"""What the arguments of the ops may be, by name; what they must be to each other stands in the ops.
+
+Letters as in the ops: T tokens, K choices per token, N rows, D and F widths, E groups.
+"""
+
+import jax.numpy as jnp
+
+from custom_ops.checks import MAX_ELEMENTS, Rule, array, flag, floating_dtype, whole
+
+RULES: dict[str, Rule] = {
+    "x_TD": array("[T, D]"),
+    "dest_TK": array("[T, K]", jnp.integer),
+    "weights_TK": array("[T, K]", jnp.floating),
+    "rows_ND": array("[N, D]", jnp.floating),
+    "dout_NF": array("[N, F]", jnp.floating),
+    "w_EDF": array("[E, D, F]", jnp.floating),
+    "group_sizes_E": array("[E]", jnp.integer),
+    "hidden_N2F": array("[N, 2F]", jnp.floating),
+    "da_NF": array("[N, F]", jnp.floating),
+    "weight_N": array("[N]", jnp.floating),
+    "num_destinations": whole(1, MAX_ELEMENTS - 1),
+    "bucket_rows": whole(1, MAX_ELEMENTS - 1),
+    "unique": flag,
+    "dtype": floating_dtype,
+}
