@@ -71,7 +71,11 @@ def refuse_unknown(router: str, options: Mapping[str, Any], layer: type) -> None
       ValueError: names the argument.
     """
     known = router_options(router) if router in ROUTERS else ()
-    own = [name for name in inspect.signature(layer).parameters if name != "router_options"]
+    own = [
+        name
+        for name in inspect.signature(vars(layer)["__init__"]).parameters
+        if name not in ("self", "router_options")
+    ]
     for option, value in options.items():
         if router in ROUTERS and option not in known:
             near = difflib.get_close_matches(option, [*known, *own], n=1, cutoff=0.0)
