@@ -36,7 +36,6 @@ from tests.moejax.routed import KEY, E, T, draw_logits
             {"expert_groups": 4, "limit_groups": 1, "top_k": 3},
             "limit_groups = 1: leaves a token 2 experts",
         ),
-        ("topk", {"scale": 0.0}, "scale = 0.0: must be above 0"),
         ("sigmoid", {"expert_groups": 8, "limit_groups": 1}, "limit_groups = 1: leaves a token 1 experts"),
         ("swipe", {"devices": 5}, "devices = 5: must divide num_experts"),
         ("topology", {"nodes": 8}, "nodes = 8: leaves a node 1 experts, fewer than top_k"),
