@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from train.config import TrainConfig
+from train.environment import load_jax, require_devices
 from train.errors import ConfigError, OthersLost, TrainingFailed
 from train.fields import convert, nearest, override, shown
 
@@ -100,12 +101,15 @@ def _train(argument: str, options: Mapping[str, str]) -> int:
     if _steps_run_on_cpu():
         keep_freed_memory()
 
+    load_jax()
+
     import jax
 
     from train.joining import join
     from train.loop import train
 
     join(options)
+    require_devices()
     try:
         train(config, name)
     except (OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
@@ -124,8 +128,12 @@ def _steps_run_on_cpu() -> bool:
 def _eval(argument: str, options: Mapping[str, str]) -> int:
     _check_run_directory(argument)
 
+    load_jax()
+
     from train.evaluate import evaluate_run
     from train.memory import keep_freed_memory
+
+    require_devices()
 
     if _steps_run_on_cpu():
         keep_freed_memory()
@@ -150,7 +158,11 @@ def _generate(argument: str, options: Mapping[str, str]) -> int:
             raise ConfigError(f"--{name.replace('_', '-')}", shown(getattr(chosen, name)), rule)
     _check_run_directory(argument)
 
+    load_jax()
+
     from train.generate import generate_run
+
+    require_devices()
 
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character must not end the text
@@ -174,8 +186,11 @@ def _report(arguments: Sequence[str], options: Mapping[str, str]) -> int:
     for argument in arguments:
         _check_run_directory(argument)
 
+    load_jax()
+
     from train.report import write_report
 
+    require_devices()
     print(write_report(arguments, chosen.output))
     return 0
 
@@ -188,7 +203,11 @@ def _export(argument: str, options: Mapping[str, str]) -> int:
         raise ConfigError("--output", "(nothing)", "must be given")
     _check_run_directory(argument)
 
+    load_jax()
+
     from train.export import export_run
+
+    require_devices()
 
     print(*export_run(argument, chosen.output, chosen.layer, chosen.expert), sep="\n")
     return 0
@@ -236,6 +255,8 @@ def use_cpu_devices(text: str) -> None:
     count = convert("--cpu-devices", text, int)
     if not 1 <= count <= MAX_CPU_DEVICES:
         raise ConfigError("--cpu-devices", count, f"must be between 1 and {MAX_CPU_DEVICES}")
+
+    load_jax()
 
     import jax
 

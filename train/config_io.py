@@ -16,10 +16,14 @@ import train
 from train.config import TOKENIZER_NAMES, TrainConfig
 from train.errors import ConfigError
 from train.fields import build, flatten, get, nearest, override, shown
+from train.versions import version_of
 
 # `configs` lies beside `train`, in a checkout as in an installed wheel. Asking the import system for the name
 # would find a user's own `configs` folder first.
 SHIPPED = pathlib.Path(train.__file__).resolve().parent.parent / "configs"
+
+# The entry of a saved config that is no field: the version of moejax that wrote it.
+VERSION = "moejax"
 
 # Fields that may hold a path; `data.tokenizer` may also hold a name.
 PATHS = ("data.path", "data.validation_path", "data.tokenizer")
@@ -99,12 +103,13 @@ def load_python(path: str | os.PathLike[str]) -> TrainConfig:
 def save_config(config: TrainConfig, path: str | os.PathLike[str]) -> None:
     """Write every field as YAML, such that `load_config` gives the same config back; the file is replaced.
 
-    All but `workdir`: a run directory may be moved, and a config that comes from it begins a run of its own.
+    The file also says which version of moejax wrote it. All but `workdir`: a run directory may be moved, and a config that comes from it begins a run of its own.
     """
     path = pathlib.Path(path)
     config = dataclasses.replace(config, workdir=None)
     # ASCII only: PyYAML writes some Unicode line ends (U+0085) such that they come back as spaces.
-    text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=False, width=1_000_000)
+    values = {VERSION: version_of("moejax"), **dataclasses.asdict(config)}
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=False, width=1_000_000)
     scratch = path.with_name(path.name + ".new")
     scratch.write_text(text, encoding="ascii")
     scratch.replace(path)
@@ -115,7 +120,7 @@ def load_config(path: str | os.PathLike[str]) -> TrainConfig:
 
     Raises:
       ConfigError: the file cannot be read or is no YAML, has an unknown field (names the nearest) or a value
-        of the wrong type.
+        of the wrong type. Where another version of moejax wrote the file, the error names both versions.
     """
     path = pathlib.Path(path)
     try:
@@ -126,7 +131,15 @@ def load_config(path: str | os.PathLike[str]) -> TrainConfig:
         raise ConfigError("CONFIG", path, f"is not valid YAML: {shown(error)}") from error
     if not isinstance(values, dict):
         raise ConfigError("CONFIG", path, "must be a YAML mapping of config fields")
-    return build(TrainConfig, values)
+    version, ours = values.pop(VERSION, None), version_of("moejax")
+    try:
+        return build(TrainConfig, values)
+    except ConfigError as error:
+        if version is None or version == ours:
+            raise
+        cure = f"use that version, or correct the field in {path}"
+        rule = f"{error.rule}; moejax {shown(version)} wrote this, here is moejax {ours}: {cure}"
+        raise ConfigError(error.field, error.value, rule) from error
 
 
 def earlier_config(workdir: pathlib.Path) -> TrainConfig | None:

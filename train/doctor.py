@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import time
 from collections.abc import Iterator
+
+from train.environment import load_jax, require_devices
+from train.versions import version_of
 
 PACKAGES = ("moejax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
@@ -31,11 +33,13 @@ def findings() -> Iterator[tuple[str, str, bool]]:
     """(name, what was found, whether it is sound), from what cannot fail to what can."""
     yield "python", platform.python_version(), True
     for package in PACKAGES:
-        yield package, _version(package), True
+        yield package, version_of(package), True
     yield "machine", f"{platform.system()} {platform.machine()}, {_cores()} cores, {_memory()}", True
     yield "cluster", cluster(), True
-    yield from _devices()
+    load_jax()
     yield from _native_ops()
+    require_devices()
+    yield from _devices()
     yield from _grouped_matmul()
     yield from _collectives()
     yield from _exchange()
@@ -47,13 +51,6 @@ def cluster() -> str:
         if all(variable in os.environ for variable in variables):
             return name
     return "none found: a single process"
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _cores() -> int:

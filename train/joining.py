@@ -12,13 +12,13 @@ import os
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import jax
 
+from train.clock import now, unless_done_within
 from train.errors import ConfigError
 from train.place import LAUNCHER, Place, find_place, gpu_of, open_mpi_place, slurm_place
 
@@ -64,7 +64,7 @@ def join(options: Mapping[str, str], environment: Mapping[str, str] = os.environ
         give_up = partial(_give_up, place)
         with (
             _saying_what_it_waits_for(place, partial(_the_others, place)),
-            _unless_done_within(CONNECT_SECONDS, give_up),
+            unless_done_within(CONNECT_SECONDS, give_up),
         ):
             jax.distributed.initialize(
                 place.coordinator,
@@ -117,20 +117,8 @@ def _saying_what_it_waits_for(place: Place, what: Callable[[], str]) -> Iterator
             *(place.process_id, place.processes, what(), CONNECT_SECONDS),
         )
 
-    with _unless_done_within(PATIENCE_SECONDS, warn):
+    with unless_done_within(PATIENCE_SECONDS, warn):
         yield
-
-
-@contextlib.contextmanager
-def _unless_done_within(seconds: float, act: Callable[[], None]) -> Iterator[None]:
-    """A block that takes so long calls `act`, in a thread of its own."""
-    timer = threading.Timer(seconds, act)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def _the_others(place: Place) -> str:
@@ -164,8 +152,8 @@ def _give_up(place: Place) -> None:
 def _wait_for_coordinator(place: Place) -> None:
     """Try to reach the coordinator's port: jax would wait for minutes and end with a C++ stack."""
     host, _, port = place.coordinator.rpartition(":")
-    deadline, reason = time.monotonic() + CONNECT_SECONDS, ""
-    while time.monotonic() < deadline:
+    deadline, reason = now() + CONNECT_SECONDS, ""
+    while now() < deadline:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
             return

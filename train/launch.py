@@ -19,6 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
+from train.clock import now
 from train.errors import OthersLost, RunError, TrainingFailed
 from train.place import COORDINATOR, DEVICES, LAUNCHER, NEIGHBOURS, PROCESS_ID, PROCESSES
 
@@ -27,6 +28,7 @@ GRACE_SECONDS = 15
 LAST_LINES = 8
 """Lines of a dead process that are shown."""
 
+_START = pathlib.Path(__file__).resolve().parent.parent / "moejax_cli" / "__init__.py"
 # Exit codes of processes that a signal has stopped in order: all of them are about to end by themselves.
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 # How a process ends because another one has: by jax's runtime, or as `OthersLost`.
@@ -130,7 +132,8 @@ def launch(words: Sequence[str], processes: int, devices: int | None) -> int:
       TrainingFailed: a process died; names it and shows its last lines.
     """
     coordinator = f"127.0.0.1:{_free_port()}"
-    command = [sys.executable, "-m", "train", *words]
+    # Not `-m train`, and with -P: a train.py in the current folder must never run in its place.
+    command = [sys.executable, "-P", str(_START), *words]
     if devices is not None:
         command += ["--cpu-devices", str(devices)]
     logs = _log_folder(words)
@@ -208,8 +211,8 @@ def _stop_all(workers: Sequence[Worker], first: Worker) -> Worker:
       The one that is the cause. It need not be the `first` that was seen to end: the kernel closes a process's
       connections before it tells the parent that it has ended, so its victims may be faster.
     """
-    deadline = time.monotonic() + GRACE_SECONDS
-    while time.monotonic() < deadline and any(worker.process.poll() is None for worker in workers):
+    deadline = now() + GRACE_SECONDS
+    while now() < deadline and any(worker.process.poll() is None for worker in workers):
         time.sleep(0.05)
     ended = [worker for worker in (first, *workers) if worker.process.poll() not in (0, None, *_STOPPED)]
     for worker in workers:
