@@ -5,7 +5,6 @@ import os
 import pathlib
 import shutil
 import subprocess
-import sys
 import sysconfig
 import venv
 
@@ -38,7 +37,13 @@ def moejax(tmp_path_factory):
 @pytest.fixture
 def folder(tmp_path):
     """A user's project: none of its files may run in place of ours."""
-    for name in ("train.py", "moejax.py", "configs/__init__.py", "configs/quickstart.py", "custom_ops/__init__.py"):
+    for name in (
+        "train.py",
+        "moejax.py",
+        "configs/__init__.py",
+        "configs/quickstart.py",
+        "custom_ops/__init__.py",
+    ):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text("import pathlib\npathlib.Path('ran').touch()\nprint('the user\\'s', __name__)\n")

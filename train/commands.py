@@ -5,6 +5,7 @@ Nothing here imports jax until a command needs it, so that help and errors of in
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import pathlib
@@ -16,6 +17,7 @@ from train.config import TrainConfig
 from train.environment import load_jax, require_devices
 from train.errors import ConfigError, OthersLost, TrainingFailed
 from train.fields import convert, nearest, override, shown
+from train.paths import expanded
 
 MAX_CPU_DEVICES = 4096
 
@@ -98,9 +100,10 @@ def _train(argument: str, options: Mapping[str, str]) -> int:
 
     config, name = find_config(argument)
     config = override(config, {option: value for option, value in options.items() if option not in _PLACE})
+    if config.workdir is not None and config.workdir.strip():
+        config = dataclasses.replace(config, workdir=str(expanded("workdir", config.workdir)))
     if _steps_run_on_cpu():
         keep_freed_memory()
-
     load_jax()
 
     import jax
@@ -126,8 +129,7 @@ def _steps_run_on_cpu() -> bool:
 
 
 def _eval(argument: str, options: Mapping[str, str]) -> int:
-    _check_run_directory(argument)
-
+    argument = _run_directory(argument)
     load_jax()
 
     from train.evaluate import evaluate_run
@@ -156,8 +158,7 @@ def _generate(argument: str, options: Mapping[str, str]) -> int:
     for name, is_kept, rule in rules:
         if not is_kept:
             raise ConfigError(f"--{name.replace('_', '-')}", shown(getattr(chosen, name)), rule)
-    _check_run_directory(argument)
-
+    argument = _run_directory(argument)
     load_jax()
 
     from train.generate import generate_run
@@ -183,15 +184,14 @@ def _generate(argument: str, options: Mapping[str, str]) -> int:
 
 def _report(arguments: Sequence[str], options: Mapping[str, str]) -> int:
     chosen = override(ReportOptions(), options, prefix="--")
-    for argument in arguments:
-        _check_run_directory(argument)
-
+    output = None if chosen.output is None else str(expanded("--output", chosen.output))
+    arguments = [_run_directory(argument) for argument in arguments]
     load_jax()
 
     from train.report import write_report
 
     require_devices()
-    print(write_report(arguments, chosen.output))
+    print(write_report(arguments, output))
     return 0
 
 
@@ -201,15 +201,15 @@ def _export(argument: str, options: Mapping[str, str]) -> int:
         raise ConfigError("--layer", "(nothing)", "must be given")
     if not chosen.output:
         raise ConfigError("--output", "(nothing)", "must be given")
-    _check_run_directory(argument)
-
+    output = str(expanded("--output", chosen.output))
+    argument = _run_directory(argument)
     load_jax()
 
     from train.export import export_run
 
     require_devices()
 
-    print(*export_run(argument, chosen.output, chosen.layer, chosen.expert), sep="\n")
+    print(*export_run(argument, output, chosen.layer, chosen.expert), sep="\n")
     return 0
 
 
@@ -231,9 +231,11 @@ def _doctor(argument: str, options: Mapping[str, str]) -> int:
     return 0 if doctor() else 1
 
 
-def _check_run_directory(argument: str) -> None:
+def _run_directory(argument: str) -> str:
+    """The path of a run directory, which must be one."""
+    argument = str(expanded("RUN", argument))
     if os.path.isfile(os.path.join(argument, "config.yaml")):
-        return
+        return argument
     runs = [str(path.parent) for path in pathlib.Path(argument).parent.glob("*/config.yaml")]
     rule = "no such run directory"
     if os.path.isdir(argument):

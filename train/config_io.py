@@ -57,7 +57,7 @@ def find_config(argument: str) -> tuple[TrainConfig, str]:
     Raises:
       ConfigError: there is no such file (names the nearest), or it does not give a config.
     """
-    path = pathlib.Path(argument)
+    path = pathlib.Path(os.path.expanduser(argument))
     if path.suffix in (".py", ".yaml", ".yml") and os.path.isfile(path):
         if path.suffix == ".py":
             return load_python(path), path.stem
@@ -103,7 +103,8 @@ def load_python(path: str | os.PathLike[str]) -> TrainConfig:
 def save_config(config: TrainConfig, path: str | os.PathLike[str]) -> None:
     """Write every field as YAML, such that `load_config` gives the same config back; the file is replaced.
 
-    The file also says which version of moejax wrote it. All but `workdir`: a run directory may be moved, and a config that comes from it begins a run of its own.
+    All but `workdir`: a run directory may be moved, and a config that comes from it begins a run of its own. The file
+    also says which version of moejax wrote it.
     """
     path = pathlib.Path(path)
     config = dataclasses.replace(config, workdir=None)

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import tempfile
+from typing import Any
 
 from train.errors import ConfigError
 from train.fields import shown
@@ -36,7 +37,7 @@ def load_jax() -> None:
     except Exception as error:
         raise _cannot_load(error) from error
     for name, value in _FIXED.items():
-        if (set_to := getattr(jax.config, name, value)) != value:
+        if (set_to := _setting(name, value)) != value:
             log.warning("%s = %s is ignored: a run's numbers follow from its config", name.upper(), set_to)
             jax.config.update(name, value)
     _check_cache()
@@ -53,13 +54,22 @@ def require_devices() -> None:
     try:
         jax.devices()
     except Exception as error:
-        platforms = jax.config.jax_platforms or "(nothing)"
+        platforms = _setting("jax_platforms") or "(nothing)"
         # jax has an assertion without words where it knows the platform and finds no device.
-        reason = shown(error, 300) if str(error) else "there is no such device, or its driver or plugin is missing"
+        reason = (
+            shown(error, 300) if str(error) else "there is no such device, or its driver or plugin is missing"
+        )
         cure = "JAX_PLATFORMS=cpu runs on the CPU"
         if platforms != "cpu":
             cure += ", moejax[cuda13] has the plugin for GPUs, and unset, jax takes what it finds"
         raise ConfigError("JAX_PLATFORMS", shown(platforms), f"{reason}; {cure}") from error
+
+
+def _setting(name: str, otherwise: Any = None) -> Any:
+    """A setting of jax; `otherwise` where this version has none of that name."""
+    import jax
+
+    return getattr(jax.config, name, otherwise)
 
 
 def _refuse_unknown_xla_flags() -> None:
@@ -94,8 +104,12 @@ def _cannot_load(error: Exception) -> ConfigError:
     named = re.search(r"\bjax_\w+", str(error), re.IGNORECASE)
     name = named[0].upper() if named else ""
     if name in os.environ:
-        return ConfigError(name, shown(os.environ[name]), f"jax refuses it: {shown(error)}; correct or unset it")
-    rule = f"cannot be loaded: {type(error).__name__}: {shown(error)}; look at ulimit -a and at the installation"
+        return ConfigError(
+            name, shown(os.environ[name]), f"jax refuses it: {shown(error)}; correct or unset it"
+        )
+    rule = (
+        f"cannot be loaded: {type(error).__name__}: {shown(error)}; look at ulimit -a and at the installation"
+    )
     return ConfigError("jax", "(import)", rule)
 
 
@@ -103,7 +117,7 @@ def _check_cache() -> None:
     """Without this, each program that is compiled warns that the cache cannot be used."""
     import jax
 
-    folder = jax.config.jax_compilation_cache_dir
+    folder = _setting("jax_compilation_cache_dir")
     if not folder or "://" in folder:
         return
     try:

@@ -230,7 +230,7 @@ def _log_folder(words: Sequence[str]) -> pathlib.Path:
     for word, value in zip(words, [*words[1:], ""], strict=True):
         name, equals, same_word = word.partition("=")
         if name == "--workdir":
-            return pathlib.Path(same_word if equals else value) / "logs"
+            return pathlib.Path(os.path.expanduser(same_word if equals else value)) / "logs"
     return pathlib.Path("logs")
 
 

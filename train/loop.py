@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ from train.errors import ConfigError, Interrupted, NotFinite
 from train.evaluator import Evaluator, is_due, is_owed
 from train.feed import abstract_batch, device_batch, process_rows
 from train.fields import flatten
+from train.leaves import bytes_of
 from train.lock import lock_run
 from train.logs import held_back
 from train.metrics import FILE_NAME as METRICS
@@ -111,8 +113,7 @@ def _train(config: TrainConfig, directory: Workdir, failure: NotFinite | None) -
         with processes.refusing_together():
             if processes.is_first():
                 if first < config.steps:
-                    state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(program.abstract_state))
-                    directory.require_room(state_bytes, config.steps, jax.process_count())
+                    directory.require_room(bytes_of(program.abstract_state), config.steps)
                 save_config(config, workdir / "config.yaml")
                 tokenizer.save(workdir)
             monitor = _monitor(workdir, config, program.spec, mesh, first, evaluated=not owes_evaluation)

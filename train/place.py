@@ -110,7 +110,9 @@ def slurm_place(environment: Mapping[str, str]) -> Place | None:
     nodes = environment.get("SLURM_STEP_NODELIST", "")
     match = re.match(r"([^,\[]+)(?:\[([^,\-\]]+))?", nodes)
     if match is None:
-        raise ConfigError("SLURM_STEP_NODELIST", shown(nodes), "must be the nodes of the step, as srun sets it")
+        raise ConfigError(
+            "SLURM_STEP_NODELIST", shown(nodes), "must be the nodes of the step, as srun sets it"
+        )
     # Steps of one job may run side by side.
     number = _given(environment, "SLURM_JOB_ID") + 61 * _given(environment, "SLURM_STEP_ID")
     # Such as 2(x3),1: nodes 0 to 2 have two processes, node 3 has one.

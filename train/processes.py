@@ -29,9 +29,7 @@ _meetings = itertools.count()
 
 def versions() -> str:
     """What must be alike in all processes, or their programs differ."""
-    return ", ".join(
-        f"{name} {version_of(name)}" for name in ("moejax", "jax", "jaxlib", "flax", "optax")
-    )
+    return ", ".join(f"{name} {version_of(name)}" for name in ("moejax", "jax", "jaxlib", "flax", "optax"))
 
 
 def is_first() -> bool:
@@ -99,7 +97,7 @@ def tell_all(text: str, topic: str, seconds: float = COMPILE_SECONDS) -> str:
 
 
 def _wait_for(key: str, deadline: float) -> str:
-    """The text of another process. Waits in pieces: while this process is suspended, the coordinator's clock runs on."""
+    """The text of another process. Waits in pieces: a single wait would go on while this process is suspended."""
     while True:
         left = min(deadline - now(), PIECE_SECONDS)
         try:

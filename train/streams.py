@@ -16,13 +16,17 @@ def mend_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest free number: this one
+            os.set_inheritable(
+                os.open(os.devnull, os.O_RDWR), True
+            )  # it gets the lowest free number: this one
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
         elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # file names have characters that a terminal may lack
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # file names have characters that a terminal may lack
 
 
 def say(text: str) -> None:

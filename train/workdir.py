@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
+import jax
+
 from train.errors import ConfigError
 
 _DATA_FILE = 2**31  # bytes from which on Orbax begins another file
@@ -57,7 +59,7 @@ class Workdir:
         self._made += missing
         self.is_new = False
 
-    def require_room(self, state_bytes: int, step: int, process_count: int) -> None:
+    def require_room(self, state_bytes: int, step: int) -> None:
         """Find out before the first step whether a checkpoint can be written.
 
         Args:
@@ -76,12 +78,14 @@ class Workdir:
                 (limited, "under the limit of a file's size (ulimit -f), which is", largest_file),
             ):
                 if is_short:
-                    rule = f"has no room for a checkpoint of {_megabytes(state_bytes)} {what} {_megabytes(size)}"
+                    rule = (
+                        f"has no room for a checkpoint of {_megabytes(state_bytes)} {what} {_megabytes(size)}"
+                    )
                     raise ConfigError("workdir", self.path, rule)
             probe = self.path / "checkpoints" / f".pending-{step}"
             there_before = probe.parent.exists()
             try:
-                file = probe.parent / _LONGEST.format(step=probe.name, process=process_count - 1)
+                file = probe.parent / _LONGEST.format(step=probe.name, process=jax.process_count() - 1)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(b"0")
             except OSError as error:
