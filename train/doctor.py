@@ -21,7 +21,11 @@ CLUSTERS = {
 
 
 def doctor() -> bool:
-    """Print what was found, one `name  value` line each; False when a check gave a wrong answer."""
+    """Print what was found, one `name  value` line each; False when a check gave a wrong answer.
+
+    Raises:
+      ConfigError: jax does not start here; what could be found without it has been printed.
+    """
     sound = True
     for name, value, is_sound in findings():
         print(f"{name:<22}{value}" if is_sound else f"{name:<22}FAILED: {value}", flush=True)
@@ -37,9 +41,10 @@ def findings() -> Iterator[tuple[str, str, bool]]:
     yield "machine", f"{platform.system()} {platform.machine()}, {_cores()} cores, {_memory()}", True
     yield "cluster", cluster(), True
     load_jax()
-    yield from _native_ops()
+    yield _native_ops("CPU")
     require_devices()
     yield from _devices()
+    yield _native_ops("CUDA")
     yield from _grouped_matmul()
     yield from _collectives()
     yield from _exchange()
@@ -79,12 +84,12 @@ def _devices() -> Iterator[tuple[str, str, bool]]:
         yield f"device {device.id}", f"{device.device_kind}{memory}", True
 
 
-def _native_ops() -> Iterator[tuple[str, str, bool]]:
+def _native_ops(platform: str) -> tuple[str, str, bool]:
     """What was compiled when moejax was installed; without it plain XLA takes its place, slower."""
     from custom_ops import native
 
-    for name, described in (("CPU", native.describe()), ("CUDA", native.describe_cuda())):
-        yield f"native ops, {name}", described, "does not load" not in described
+    described = native.describe() if platform == "CPU" else native.describe_cuda()
+    return f"native ops, {platform}", described, "does not load" not in described
 
 
 def _grouped_matmul() -> Iterator[tuple[str, str, bool]]:

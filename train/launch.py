@@ -16,12 +16,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 
 from train.clock import now
 from train.errors import OthersLost, RunError, TrainingFailed
 from train.place import COORDINATOR, DEVICES, LAUNCHER, NEIGHBOURS, PROCESS_ID, PROCESSES
+from train.streams import say
 
 GRACE_SECONDS = 15
 """How long the others may take to end after one has died, before they are killed."""
@@ -137,21 +138,43 @@ def launch(words: Sequence[str], processes: int, devices: int | None) -> int:
     if devices is not None:
         command += ["--cpu-devices", str(devices)]
     logs = _log_folder(words)
-    workers = []
-    for number in range(processes):
-        environment = os.environ | {
-            COORDINATOR: coordinator,
-            PROCESSES: str(processes),
-            PROCESS_ID: str(number),
-            LAUNCHER: str(os.getpid()),
-        }
-        if devices is None:
-            environment[NEIGHBOURS] = str(processes)  # each takes one of the GPUs
-        else:
-            environment[DEVICES] = str(devices)
-        log = logs / f"process-{number}.txt" if number else None
-        workers.append(Worker(number, command, environment, log))
+    workers: list[Worker] = []
+    with _passing_signals_on(workers):
+        for number in range(processes):
+            environment = os.environ | {
+                COORDINATOR: coordinator,
+                PROCESSES: str(processes),
+                PROCESS_ID: str(number),
+                LAUNCHER: str(os.getpid()),
+            }
+            if devices is None:
+                environment[NEIGHBOURS] = str(processes)  # each takes one of the GPUs
+            else:
+                environment[DEVICES] = str(devices)
+            log = logs / f"process-{number}.txt" if number else None
+            workers.append(Worker(number, command, environment, log))
+        dead = _wait_for_first_failure(workers)
+        if dead is not None and dead.process.returncode not in _STOPPED:
+            dead = _stop_all(workers, dead)
+        codes = [worker.end() for worker in workers]
+    if dead is None:
+        return 0
+    code = codes[dead.number]
+    if code == 2 or code in _STOPPED:
+        if dead.number and codes[0] != code:  # process 0 has said it itself
+            say("\n".join(dead.last_lines))
+        return code
+    shown = "".join(f" | {line}" for line in dead.last_lines)
+    raise TrainingFailed(f"process {dead.number} of {processes} ended with code {code}{shown}")
 
+
+@contextlib.contextmanager
+def _passing_signals_on(workers: Sequence[Worker]) -> Iterator[None]:
+    """Within the block the workers get what this process gets: to stop, to be suspended. At its end they are killed.
+
+    Raises:
+      StoppedAtOnce: the same signal came again.
+    """
     asked: set[int] = set()
 
     def pass_on(number: int, _: FrameType | None) -> None:
@@ -168,28 +191,25 @@ def launch(words: Sequence[str], processes: int, devices: int | None) -> int:
         if again:
             raise StoppedAtOnce(number)
 
-    previous = {
-        number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    def suspend(*_: object) -> None:
+        # Ctrl-Z. The workers have groups of their own, so they would go on and fill a pipe that nobody empties.
+        for worker in workers:
+            worker.signal(signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        for worker in workers:
+            worker.signal(signal.SIGCONT)
+
+    handlers = dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), pass_on) | {
+        signal.SIGTSTP: suspend
     }
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        dead = _wait_for_first_failure(workers)
-        if dead is not None and dead.process.returncode not in _STOPPED:
-            dead = _stop_all(workers, dead)
-        codes = [worker.end() for worker in workers]
+        yield
     finally:
         for worker in workers:
             worker.signal(signal.SIGKILL)
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if dead is None:
-        return 0
-    code = codes[dead.number]
-    if code == 2 or code in _STOPPED:
-        if dead.number and codes[0] != code:  # process 0 has said it itself
-            print(*dead.last_lines, sep="\n", file=sys.stderr)
-        return code
-    shown = "".join(f" | {line}" for line in dead.last_lines)
-    raise TrainingFailed(f"process {dead.number} of {processes} ended with code {code}{shown}")
 
 
 def _wait_for_first_failure(workers: Sequence[Worker]) -> Worker | None:

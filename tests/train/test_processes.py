@@ -12,7 +12,7 @@ import pytest
 
 from tests import tolerance
 from tests.train import launching, small
-from tests.train.launching import children, is_gone, run, start, wait_for_step
+from tests.train.launching import children, has_state, is_gone, run, start, wait_for_step, wait_until
 from train import joining, launch, processes
 from train.config import MeshConfig
 from train.errors import ConfigError, TrainingFailed
@@ -292,6 +292,11 @@ def test_the_second_signal_ends_a_launched_run_at_once(tmp_path, number):
     process = start("-c", LAUNCHED, program, tmp_path / "run", command=[sys.executable])
     assert process.stdout.readline() == "ready\n", "what Gloo says is left out"
     workers = children(process)
+    suspended = lambda: [has_state(pid, "T") for pid in (process.pid, *workers)]  # noqa: E731
+    process.send_signal(signal.SIGTSTP)
+    wait_until(lambda: all(suspended()))
+    process.send_signal(signal.SIGCONT)
+    wait_until(lambda: not any(suspended()))
     process.send_signal(number)
     assert "the same again stops at once" in process.stdout.readline()
     assert process.stdout.readline() == "asked\n"
