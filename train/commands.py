@@ -5,7 +5,6 @@ Nothing here imports jax until a command needs it, so that help and errors of in
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import os
 import pathlib
@@ -100,8 +99,6 @@ def _train(argument: str, options: Mapping[str, str]) -> int:
 
     config, name = find_config(argument)
     config = override(config, {option: value for option, value in options.items() if option not in _PLACE})
-    if config.workdir is not None and config.workdir.strip():
-        config = dataclasses.replace(config, workdir=str(expanded("workdir", config.workdir)))
     if _steps_run_on_cpu():
         keep_freed_memory()
     load_jax()
@@ -187,6 +184,7 @@ def _report(arguments: Sequence[str], options: Mapping[str, str]) -> int:
     output = None if chosen.output is None else str(expanded("--output", chosen.output))
     arguments = [_run_directory(argument) for argument in arguments]
     load_jax()
+    os.environ["MPLBACKEND"] = "agg"  # pictures only; the one of a notebook or a screen need not exist here
 
     from train.report import write_report
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import resource
 import sys
 import tempfile
 from typing import Any
@@ -13,6 +14,11 @@ from train.errors import ConfigError
 from train.fields import shown
 
 log = logging.getLogger("moejax")
+
+OPEN_FILES, FEWEST_FILES = 4096, 128
+"""Files that may be open at once: what is asked for, and below what nothing begins."""
+LEAST_KIBIBYTES = 4 * 2**20
+"""Address space, most of which is only reserved, below which jax does not even load everywhere."""
 
 # Settings of jax that would change a run's numbers behind its config's back, with the only value they may have.
 _FIXED = {
@@ -30,6 +36,7 @@ def load_jax() -> None:
     Raises:
       ConfigError: a variable has a value that jax or XLA do not know.
     """
+    _check_limits()
     if "jax" not in sys.modules:
         _refuse_unknown_xla_flags()
     try:
@@ -63,6 +70,26 @@ def require_devices() -> None:
         if platforms != "cpu":
             cure += ", moejax[cuda13] has the plugin for GPUs, and unset, jax takes what it finds"
         raise ConfigError("JAX_PLATFORMS", shown(platforms), f"{reason}; {cure}") from error
+
+
+def _check_limits() -> None:
+    """Below these, libraries fail in their own ways, the last of them in the first checkpoint."""
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files != resource.RLIM_INFINITY and files < OPEN_FILES:
+        files = OPEN_FILES if most == resource.RLIM_INFINITY else min(most, OPEN_FILES)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))
+    memory, _ = resource.getrlimit(resource.RLIMIT_AS)
+    for name, limit, least, unit in (
+        ("ulimit -n", files, FEWEST_FILES, " open files"),
+        (
+            "ulimit -v",
+            memory if memory == resource.RLIM_INFINITY else memory // 1024,
+            LEAST_KIBIBYTES,
+            " KiB",
+        ),
+    ):
+        if limit != resource.RLIM_INFINITY and limit < least:
+            raise ConfigError(name, limit, f"must be at least {least}{unit}, or unlimited")
 
 
 def _setting(name: str, otherwise: Any = None) -> Any:

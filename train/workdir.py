@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 
 from train.errors import ConfigError
+from train.paths import expanded
 
 _DATA_FILE = 2**31  # bytes from which on Orbax begins another file
 # The longest path in a checkpoint that is being written; the last part is a hash.
@@ -27,6 +28,9 @@ class Workdir:
       named: as the user named it; None: a new one, `runs/<name>-<date>-<time>`.
       name: of the config.
 
+    Raises:
+      ConfigError: see `expanded`.
+
     Fields:
       path: where it is; of a new one where it would be, until `make` has claimed it.
       is_new: whether no earlier run may lie there.
@@ -34,7 +38,7 @@ class Workdir:
 
     def __init__(self, named: str | None, name: str):
         self.is_new = named is None
-        self.path = Path(named or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}")
+        self.path = expanded("workdir", named or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}")
         self._made: list[Path] = []
 
     def make(self) -> None:
@@ -72,7 +76,7 @@ class Workdir:
         with self._removed_if_refused():
             free = shutil.disk_usage(self.path).free
             largest_file, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-            limited = 0 <= largest_file < min(state_bytes, _DATA_FILE)  # -1: no limit
+            limited = largest_file != resource.RLIM_INFINITY and largest_file < min(state_bytes, _DATA_FILE)
             for is_short, what, size in (
                 (free < state_bytes, "on its disk, free are only", free),
                 (limited, "under the limit of a file's size (ulimit -f), which is", largest_file),
