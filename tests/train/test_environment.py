@@ -19,7 +19,11 @@ MOEJAX = f"{sys.executable} -m train"
 
 def shell(line, folder, **variables):
     """Exit code, standard output and standard error of a line for the shell."""
-    environ = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "XLA_FLAGS": ""} | variables
+    environ = (
+        os.environ
+        | {"PYTHONPATH": os.pathsep.join(sys.path), "XLA_FLAGS": "", "PYTHONUNBUFFERED": ""}
+        | variables
+    )
     done = subprocess.run(
         ["sh", "-c", line], cwd=folder, env=environ, capture_output=True, timeout=240, encoding="utf-8"
     )
