@@ -13,12 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from train.config import TrainConfig
-from train.environment import load_jax, require_devices
+from train.environment import MAX_CPU_DEVICES, load_jax, require_devices
 from train.errors import ConfigError, OthersLost, TrainingFailed
 from train.fields import convert, nearest, override, shown
 from train.paths import expanded
-
-MAX_CPU_DEVICES = 4096
 
 # How the runtime begins its error where a device's memory does not suffice.
 _NO_MEMORY = "RESOURCE_EXHAUSTED"

@@ -15,6 +15,8 @@ from train.fields import shown
 
 log = logging.getLogger("moejax")
 
+MAX_CPU_DEVICES = 4096
+"""More would take jax minutes to make."""
 OPEN_FILES, FEWEST_FILES = 4096, 128
 """Files that may be open at once: what is asked for, and below what nothing begins."""
 LEAST_KIBIBYTES = 4 * 2**20
@@ -43,6 +45,8 @@ def load_jax() -> None:
         import jax
     except Exception as error:
         raise _cannot_load(error) from error
+    if (count := _setting("jax_num_cpu_devices", 0)) > MAX_CPU_DEVICES:
+        raise ConfigError("JAX_NUM_CPU_DEVICES", count, f"must be at most {MAX_CPU_DEVICES}")
     for name, value in _FIXED.items():
         if (set_to := _setting(name, value)) != value:
             log.warning("%s = %s is ignored: a run's numbers follow from its config", name.upper(), set_to)

@@ -44,6 +44,7 @@ def shell(line, folder, **variables):
             {"JAX_PLATFORMS": "cuda"},
             "JAX_PLATFORMS = cuda: there is no such device, or its driver or plugin is ",
         ),
+        ("", {"JAX_NUM_CPU_DEVICES": "9999"}, "JAX_NUM_CPU_DEVICES = 9999: must be at most 4096"),
         ("ulimit -n 20; ", {}, "ulimit -n = 20: must be at least 128 open files"),
     ],
 )
