@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import glob
 import importlib.util
@@ -9,6 +10,7 @@ import os
 import pathlib
 import re
 import sys
+from collections.abc import Iterator
 
 import yaml
 
@@ -132,15 +134,34 @@ def load_config(path: str | os.PathLike[str]) -> TrainConfig:
         raise ConfigError("CONFIG", path, f"is not valid YAML: {shown(error)}") from error
     if not isinstance(values, dict):
         raise ConfigError("CONFIG", path, "must be a YAML mapping of config fields")
-    version, ours = values.pop(VERSION, None), version_of("moejax")
-    try:
+    with naming_versions(values.pop(VERSION, None), path):
         return build(TrainConfig, values)
+
+
+@contextlib.contextmanager
+def naming_versions(writer: object, path: pathlib.Path) -> Iterator[None]:
+    """An error of input in the block names the version that wrote the file, where that is another one.
+
+    Args:
+      writer: the version, as the file says; None where it does not.
+    """
+    try:
+        yield
     except ConfigError as error:
-        if version is None or version == ours:
+        ours = version_of("moejax")
+        if writer is None or writer == ours:
             raise
-        cure = f"use that version, or correct the field in {path}"
-        rule = f"{error.rule}; moejax {shown(version)} wrote this, here is moejax {ours}: {cure}"
+        rule = (
+            f"{error.rule}; moejax {shown(writer)} wrote {path}, here is moejax {ours}: use that version, or correct "
+            "the file"
+        )
         raise ConfigError(error.field, error.value, rule) from error
+
+
+def version_in(path: pathlib.Path) -> str | None:
+    """The version of moejax that wrote a `config.yaml`; None where nothing says so."""
+    written = re.match(rf"{VERSION}: '?([^'\n]+)", path.read_text(encoding="utf-8", errors="replace"))
+    return written[1] if written else None
 
 
 def earlier_config(workdir: pathlib.Path) -> TrainConfig | None:

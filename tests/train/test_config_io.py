@@ -15,9 +15,11 @@ from train.config_io import (
     find_config,
     load_config,
     load_python,
+    naming_versions,
     refuse_other_run,
     save_config,
     shipped_names,
+    version_in,
     with_absolute_paths,
 )
 from train.errors import ConfigError
@@ -231,7 +233,12 @@ def test_a_saved_config_says_which_version_wrote_it(tmp_path):
         path.write_text(written.replace(ours, "9.1.2", 1).replace(*change))
         with pytest.raises(ConfigError) as another:
             load_config(path)
-        end = f"; moejax 9.1.2 wrote this, here is moejax {ours}: use that version, or correct the field in {path}"
+        end = f"; moejax 9.1.2 wrote {path}, here is moejax {ours}: use that version, or correct the file"
         assert str(another.value) == str(caught.value) + end
+    assert version_in(path) == "9.1.2"
+    with pytest.raises(ConfigError, match=r"^RUN = x: is odd; moejax 9\.1\.2 wrote "):  # so does a report
+        with naming_versions(version_in(path), path):
+            raise ConfigError("RUN", "x", "is odd")
     path.write_text("steps: 3\n")
+    assert version_in(path) is None
     assert load_config(path) == TrainConfig(steps=3), "by hand, or by a version that did not say so"
