@@ -42,6 +42,9 @@ BEST, EXTENT = "eval/loss", "eval/tokens"
 EVALUATED = "eval/tokens_evaluated"
 """The entry of `extra` that has the tokens of the whole evaluation, of which those above may be the first ones."""
 
+SAVE_SECONDS = 24 * 3600
+"""How long Orbax may write one checkpoint, by the clock on the wall: the run may be suspended meanwhile."""
+
 _RECORD = "record.json"
 _saves = (
     itertools.count()
@@ -71,7 +74,7 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self._config = config
         self._primary = jax.process_index() == 0
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), timeout_secs=SAVE_SECONDS)
         self._finisher = ThreadPoolExecutor(1, "checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
         # When the newest save began, or this run, and how long the caller waited for its copy.

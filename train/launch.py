@@ -20,9 +20,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 
 from train.clock import now
+from train.config_io import find_config
 from train.errors import OthersLost, RunError, TrainingFailed
+from train.paths import expanded
 from train.place import COORDINATOR, DEVICES, LAUNCHER, NEIGHBOURS, PROCESS_ID, PROCESSES
 from train.streams import say
+from train.words import Words, take_apart
 
 GRACE_SECONDS = 15
 """How long the others may take to end after one has died, before they are killed."""
@@ -56,7 +59,7 @@ class Worker:
       command: what it runs.
       environment: its whole environment.
       log: where its output goes once the run's directory is there, for nothing is written before the input is sound.
-        Unset: the terminal; what it writes to stdout without the lines of `_NOISE`.
+        None: nowhere. That of number 0 goes to the terminal, its stdout without the lines of `_NOISE`.
     """
 
     def __init__(
@@ -70,12 +73,12 @@ class Worker:
             env=dict(environment),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT if log else None,
+            stderr=subprocess.STDOUT if number else None,
             text=True,
             errors="replace",
             start_new_session=True,
         )
-        self._reader = threading.Thread(target=self._read if log else self._show, daemon=True)
+        self._reader = threading.Thread(target=self._read if number else self._show, daemon=True)
         self._reader.start()
 
     def _show(self) -> None:
@@ -88,14 +91,14 @@ class Worker:
                     sys.stdout.flush()
 
     def _read(self) -> None:
-        assert self.process.stdout is not None and self.log is not None
+        assert self.process.stdout is not None
         waiting: list[str] = []
         for line in itertools.chain(self.process.stdout, [""]):
             self.last_lines.extend([line.rstrip()] if line else [])
             waiting.append(line)
             # Whatever the disk says: a process whose output nobody reads stands still.
             with contextlib.suppress(OSError):
-                if self.log.parent.parent.is_dir():
+                if self.log is not None and self.log.parent.parent.is_dir():
                     self.log.parent.mkdir(exist_ok=True)
                     with self.log.open("a", encoding="utf-8") as file:
                         file.writelines(waiting)
@@ -151,7 +154,7 @@ def launch(words: Sequence[str], processes: int, devices: int | None) -> int:
                 environment[NEIGHBOURS] = str(processes)  # each takes one of the GPUs
             else:
                 environment[DEVICES] = str(devices)
-            log = logs / f"process-{number}.txt" if number else None
+            log = logs / f"process-{number}.txt" if logs else None
             workers.append(Worker(number, command, environment, log))
         dead = _wait_for_first_failure(workers)
         if dead is not None and dead.process.returncode not in _STOPPED:
@@ -245,13 +248,16 @@ def _likelihood(code: int) -> int:
     return 2 if code in _VICTIM else int(code > 0)
 
 
-def _log_folder(words: Sequence[str]) -> pathlib.Path:
-    """`logs` in the run's directory, which the command line names."""
-    for word, value in zip(words, [*words[1:], ""], strict=True):
-        name, equals, same_word = word.partition("=")
-        if name == "--workdir":
-            return pathlib.Path(os.path.expanduser(same_word if equals else value)) / "logs"
-    return pathlib.Path("logs")
+def _log_folder(words: Sequence[str]) -> pathlib.Path | None:
+    """`logs` in the run's directory, which the command line or the config names; None where neither does."""
+    parts = Words()
+    take_apart(list(words), parts)
+    workdir = parts.options.get("workdir")
+    with contextlib.suppress(RunError):  # the workers say what is wrong
+        if workdir is None and len(parts.arguments) > 1:
+            workdir = find_config(parts.arguments[1])[0].workdir
+        return None if workdir is None else expanded("workdir", workdir) / "logs"
+    return None
 
 
 def _free_port() -> int:

@@ -58,12 +58,13 @@ write = checkpoint.write_manifest
 checkpoint.write_manifest = lambda *arguments: time.sleep(2) or write(*arguments)
 
 """
-# Orbax counts a write's time by this clock and gives it up after ten minutes: then the run ends with an error.
+# Orbax counts a write's time by this clock, which also runs on while the run is suspended; left to itself it gives the
+# write up after ten minutes.
 JUMPING = """
 import itertools
 import time
 
-jumps = itertools.cycle([0, 120, -120])
+jumps = itertools.cycle([0, 7200, -7200])
 now = time.time
 time.time = lambda: now() + next(jumps)
 

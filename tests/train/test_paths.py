@@ -26,7 +26,17 @@ def test_home_is_put_in(home):
     assert expanded("workdir", "a/~") == pathlib.Path("a/~")
     assert expanded("workdir", "./~nobody-of-this-name") == pathlib.Path("./~nobody-of-this-name")
     assert Workdir("~/x", "name").path == home / "x"
-    assert _log_folder(["train", "--workdir=~/x"]) == home / "x" / "logs"
+    assert _log_folder(["train", "x", "--workdir=y", "--workdir=~/x"]) == home / "x" / "logs"
+
+
+def test_where_processes_log(home):
+    config = home / "mine.py"
+    assert _log_folder(["train", str(config)]) is _log_folder(["train"]) is None, "not in the current folder"
+    config.write_text(
+        "from train.config import *\ndef config():\n    return TrainConfig(workdir='~/there')\n"
+    )
+    assert _log_folder(["train", str(config)]) == home / "there" / "logs"
+    assert _log_folder(["train", str(config), "--workdir", "here"]) == pathlib.Path("here/logs")
 
 
 def test_a_home_that_nobody_knows():
