@@ -72,8 +72,7 @@ def _leave_the_others(exit_code: int) -> None:
     """
     jax = sys.modules.get("jax")
     if jax is not None and jax.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
+        drop_unread()
         os._exit(exit_code)
 
 

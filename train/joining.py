@@ -21,6 +21,7 @@ import jax
 from train.clock import now, unless_done_within
 from train.errors import ConfigError
 from train.place import LAUNCHER, Place, find_place, gpu_of, open_mpi_place, slurm_place
+from train.streams import say
 
 HEARTBEAT_SECONDS = 30
 """After so long without a sign of life a process counts as lost, and all others end."""
@@ -145,7 +146,7 @@ def _give_up(place: Place) -> None:
         f"{_the_others(place)}; look at the output of those that are not"
     )
     error = ConfigError("--coordinator", place.coordinator, rule)
-    print("error:", error, file=sys.stderr, flush=True)
+    say(f"error: {error}")
     os._exit(error.exit_code)
 
 

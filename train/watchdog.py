@@ -21,6 +21,7 @@ import jax
 
 from train import clock, processes
 from train.errors import TrainingFailed
+from train.streams import say
 
 KEPT = 64
 """Step times of which the median is taken."""
@@ -133,12 +134,10 @@ class Watchdog:
                 faulthandler.dump_traceback(file)
         with contextlib.suppress(OSError, ValueError):  # no real file, as under a notebook
             faulthandler.dump_traceback(sys.stderr)
-        print(
+        say(
             f"error: step {self._finished + 1} has not ended after {waited:.0f} s"
             f"{self._who_is_behind()}; all stacks are in {self._path.parent}; the same command goes on "
-            "from the last checkpoint",
-            file=sys.stderr,
-            flush=True,
+            "from the last checkpoint"
         )
         if jax.process_count() > 1 and processes.is_first():
             time.sleep(MEETING_SECONDS)  # the others still need the coordinator, which lives here
