@@ -46,6 +46,13 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 141  # who read our output has gone (`moejax generate … | head`)
+    except Warning as error:
+        if words.traceback or not sys.warnoptions:
+            raise
+        line = " ".join(str(error).split())
+        rule = f"makes an error of a warning: {line}; unset it, or see --traceback"
+        say(f"error: {ConfigError('PYTHONWARNINGS', shown(','.join(sys.warnoptions)), rule)}")
+        return ConfigError.exit_code
     except (OSError, MemoryError) as error:
         if words.traceback:
             traceback.print_exc()

@@ -25,6 +25,8 @@ from train.streams import say
 
 HEARTBEAT_SECONDS = 30
 """After so long without a sign of life a process counts as lost, and all others end."""
+LAUNCHED_HEARTBEAT_SECONDS = 7 * 24 * 3600
+"""The same under `moejax launch`, which sees by itself when a process ends: a suspended run gives no sign of life."""
 PARTING_SECONDS = 30
 """How long a process that ends waits for the others to end too; then they count as told, and end."""
 CONNECT_SECONDS = 180
@@ -74,7 +76,9 @@ def join(options: Mapping[str, str], environment: Mapping[str, str] = os.environ
                 local_device_ids=gpu,
                 cluster_detection_method="deactivate",
                 initialization_timeout=2 * CONNECT_SECONDS,
-                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+                heartbeat_timeout_seconds=(
+                    LAUNCHED_HEARTBEAT_SECONDS if LAUNCHER in environment else HEARTBEAT_SECONDS
+                ),
                 shutdown_timeout_seconds=PARTING_SECONDS,
                 coordinator_bind_address=place.listens_on,
             )
