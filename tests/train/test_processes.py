@@ -143,6 +143,17 @@ def test_a_coordinator_out_of_reach_is_named(monkeypatch):
         joining.join({"coordinator": "127.0.0.1:1", "processes": "2", "process_id": "1"})
 
 
+def test_under_launch_a_suspended_process_is_not_taken_for_lost(monkeypatch):
+    seconds = []
+    start = lambda *_, heartbeat_timeout_seconds, **__: seconds.append(heartbeat_timeout_seconds)  # noqa: E731
+    monkeypatch.setattr(joining.jax.distributed, "initialize", start)
+    monkeypatch.setattr(joining, "_end_with", lambda launcher: None)
+    place = {"MOEJAX_COORDINATOR": "h:1", "MOEJAX_PROCESSES": "2", "MOEJAX_PROCESS_ID": "0"}
+    joining.join({}, place)
+    joining.join({}, place | {"MOEJAX_LAUNCHER": "1"})
+    assert seconds == [30, 7 * 24 * 3600]
+
+
 @pytest.fixture
 def config(tmp_path):
     return launching.write_config(tmp_path, mesh=MeshConfig(expert=4))
