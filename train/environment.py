@@ -8,6 +8,7 @@ import re
 import resource
 import sys
 import tempfile
+import warnings
 from typing import Any
 
 from train.errors import ConfigError
@@ -108,18 +109,20 @@ def _refuse_unknown_xla_flags() -> None:
     flags = os.environ.get("XLA_FLAGS")
     if not flags:
         return
+    try:
+        from jaxlib import xla_client  # once for both processes; it does not look at the flags yet
+    except Exception:
+        return  # `import jax` will say why
     reader, writer = os.pipe()
-    child = os.fork()
+    with warnings.catch_warnings(action="ignore"):  # numpy has threads; the child does without them
+        child = os.fork()
     if not child:
         try:
             os.dup2(writer, 1)
             os.dup2(writer, 2)
-            from jaxlib import xla_client
-
             xla_client.CompileOptions()
-        except BaseException:  # it is for `import jax` to say what is wrong otherwise
+        finally:
             os._exit(0)
-        os._exit(0)
     os.close(writer)
     with open(reader, encoding="utf-8", errors="replace") as file:
         said = file.read()
