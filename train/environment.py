@@ -20,7 +20,7 @@ MAX_CPU_DEVICES = 4096
 """More would take jax minutes to make."""
 OPEN_FILES, FEWEST_FILES = 4096, 128
 """Files that may be open at once: what is asked for, and below what nothing begins."""
-LEAST_KIBIBYTES = 4 * 2**20
+LEAST_KIBIBYTES = 2 * 2**20
 """Address space, most of which is only reserved, below which jax does not even load everywhere."""
 
 # Settings of jax that would change a run's numbers behind its config's back, with the only value they may have.

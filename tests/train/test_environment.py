@@ -73,7 +73,7 @@ def test_what_cannot_work_is_one_line_and_doctor_prints_the_rest(tmp_path, limit
         ),
         ("", {"JAX_ENABLE_X64": "maybe"}, "JAX_ENABLE_X64 = maybe: jax refuses it: invalid truth value"),
         ("", {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "x"}, "SLURM_NTASKS = x: must be a whole number"),
-        ("ulimit -v 300000; ", {}, "ulimit -v = 300000: must be at least 4194304 KiB"),
+        ("ulimit -v 300000; ", {}, "ulimit -v = 300000: must be at least 2097152 KiB"),
         (
             "ulimit -f 1; ",
             {"JAX_COMPILATION_CACHE_DIR": ""},
