@@ -5,10 +5,11 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
-from train import clock, monitor
+from train import checkpoint, clock, monitor
 from train.checkpoint import Checkpoints
 from train.clock import ASLEEP_SECONDS, TICK_SECONDS, Clock, unless_done_within
 from train.config import CheckpointConfig, LogConfig
@@ -72,6 +73,16 @@ def test_no_one_counts_the_time_asleep(system, tmp_path):
     assert list(dog._times) == [4, 5, 5, 5] and dog.limit() == 50
     assert left == "0:19"
     assert [line["step_seconds"] for line in read(tmp_path / "metrics.jsonl")] == [4, 5, 5, 5]
+
+
+def test_a_write_may_be_suspended_for_hours(monkeypatch, tmp_path):
+    seconds = []
+    made = types.SimpleNamespace(close=lambda: None)
+    orbax = lambda _, timeout_secs: seconds.append(timeout_secs) or made  # noqa: E731
+    monkeypatch.setattr(checkpoint.ocp, "AsyncCheckpointer", orbax)
+    with Checkpoints(tmp_path, CheckpointConfig()):
+        pass
+    assert seconds == [24 * 3600], "by the clock on the wall"
 
 
 def test_patience_ends_by_itself_and_with_the_block():

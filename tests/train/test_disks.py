@@ -58,13 +58,12 @@ write = checkpoint.write_manifest
 checkpoint.write_manifest = lambda *arguments: time.sleep(2) or write(*arguments)
 
 """
-# Orbax counts a write's time by this clock, which also runs on while the run is suspended; left to itself it gives the
-# write up after ten minutes.
+# Orbax counts a write's time by this clock: what its threads say to each other it gives up after ten minutes.
 JUMPING = """
 import itertools
 import time
 
-jumps = itertools.cycle([0, 7200, -7200])
+jumps = itertools.cycle([0, 120, -120])
 now = time.time
 time.time = lambda: now() + next(jumps)
 
