@@ -13,7 +13,7 @@ pytestmark = pytest.mark.repo
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # From the bottom up: a package imports itself and what stands before it.
-ROOMS = ("custom_ops", "moejax", "train", "configs")
+ROOMS = ("custom_ops", "moejax", "train", "configs", "moejax_cli")
 TEXT = {".py", ".md", ".toml", ".yaml", ".yml", ".cfg", ".txt", ".sh", ".ipynb", ".cc", ".cu", ".h"}
 
 

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 pytestmark = pytest.mark.repo
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-PACKAGES = ("moejax", "custom_ops", "train", "configs")
+PACKAGES = ("moejax", "custom_ops", "train", "configs", "moejax_cli")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Where a distribution is not called as what it lets you import.
 DISTRIBUTIONS = {"yaml": "pyyaml", "orbax": "orbax-checkpoint"}
@@ -60,7 +60,7 @@ def test_what_the_code_imports_is_declared():
 
 def test_extras_are_those_promised():
     assert set(PROJECT["optional-dependencies"]) >= {"cuda13", "test", "hf", "notebook"}
-    assert PROJECT["scripts"] == {"moejax": "train.cli:main"}
+    assert PROJECT["scripts"] == {"moejax": "moejax_cli:main"}
     assert PROJECT["requires-python"] == ">=3.11"
 
 
@@ -72,7 +72,7 @@ def test_the_wheel_holds_every_package_and_nothing_else(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         shipped = {name for name in archive.namelist() if ".dist-info/" not in name}
         entry_points = next(name for name in archive.namelist() if name.endswith("entry_points.txt"))
-        assert "moejax = train.cli:main" in archive.read(entry_points).decode()
+        assert "moejax = moejax_cli:main" in archive.read(entry_points).decode()
     wanted = {str(path) for suffix in (".py", "py.typed") for path in package_files(suffix)}
     assert wanted <= shipped, wanted - shipped
     assert {name.partition("/")[0] for name in shipped} <= set(PACKAGES)

@@ -19,7 +19,6 @@ import logging
 import math
 import os
 import shutil
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -30,8 +29,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from train import clock, processes
 from train import leaves as lv
-from train import processes
 from train.config import CheckpointConfig
 from train.errors import ConfigError, TrainingFailed
 from train.integrity import find_fault, hash_lines, sync_directory, write_durably, write_manifest
@@ -42,6 +41,9 @@ BEST, EXTENT = "eval/loss", "eval/tokens"
 """The entries of `extra` by which the best checkpoint is chosen: the lowest loss among those over as many tokens."""
 EVALUATED = "eval/tokens_evaluated"
 """The entry of `extra` that has the tokens of the whole evaluation, of which those above may be the first ones."""
+
+SAVE_SECONDS = 24 * 3600
+"""How long Orbax may write one checkpoint, by the clock on the wall: the run may be suspended meanwhile."""
 
 _RECORD = "record.json"
 _saves = (
@@ -72,11 +74,11 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self._config = config
         self._primary = jax.process_index() == 0
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), timeout_secs=SAVE_SECONDS)
         self._finisher = ThreadPoolExecutor(1, "checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
         # When the newest save began, or this run, and how long the caller waited for its copy.
-        self._times = time.monotonic(), 0.0
+        self._times = clock.now(), 0.0
         self._damaged: set[int] = set()
         self._swept = False
 
@@ -107,7 +109,7 @@ class Checkpoints:
         Raises:
           TrainingFailed: this or the previous save could not be written.
         """
-        began = time.monotonic()
+        began = clock.now()
         self.wait()
         leaves = lv.named_leaves(state)
         described = lv.description(leaves)
@@ -125,7 +127,7 @@ class Checkpoints:
         except Exception as error:
             raise self._failure(step, error) from error
         finish = self._finish if self._primary else self._finish_part
-        self._times = began, time.monotonic() - began
+        self._times = began, clock.now() - began
         self._saving = step, self._finisher.submit(finish, step, pending, record, str(next(_saves)))
         if self._config.wait:
             self.wait()
@@ -149,7 +151,7 @@ class Checkpoints:
                 processes.tell_all(fault, f"written/{topic}")
         self._damaged.discard(step)
         began, blocked = self._times
-        whole = time.monotonic() - began
+        whole = clock.now() - began
         log.info(
             "checkpoint of step %d: written in %.2f s, of which the steps waited %.2f s",
             *(step, whole, whole if self._config.wait else blocked),
@@ -268,7 +270,7 @@ class Checkpoints:
     def is_late(self) -> bool:
         """Whether the minutes after which there is to be another checkpoint have passed."""
         minutes = self._config.every_minutes
-        return minutes > 0 and processes.from_first(time.monotonic() - self._times[0] >= 60 * minutes)
+        return minutes > 0 and processes.from_first(clock.now() - self._times[0] >= 60 * minutes)
 
     def would_be_best(self, extra: dict[str, Any]) -> bool:
         """Whether a checkpoint with this `extra`, which has an evaluation loss, is to be made and kept as the best.

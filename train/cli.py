@@ -15,12 +15,15 @@ from train.config import TrainConfig
 from train.errors import ConfigError, FailedTogether, RunError, TrainingFailed
 from train.fields import leaf_types, nearest, shown, unknown_field
 from train.logs import logged_to
+from train.streams import drop_unread, mend_streams, say
+from train.versions import version_of
 from train.words import Words, take_apart
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line and return its exit code: 0, 2 bad input, 3 failed in training, 128 + signal."""
     words = Words()
+    mend_streams()
     try:
         take_apart(sys.argv[1:] if argv is None else argv, words)
         with _warnings_shown():
@@ -32,25 +35,31 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
         line = " ".join(str(error).split())
         # Bytes of the command line that are no UTF-8 are shown as escapes.
-        print("error:", line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
+        say(f"error: {line.encode('utf-8', 'backslashreplace').decode()}")
         if isinstance(error, TrainingFailed) and not isinstance(error, FailedTogether):
             _leave_the_others(error.exit_code)
         return error.exit_code
     except KeyboardInterrupt:
         if words.traceback:
             traceback.print_exc()
-        print("error: interrupted", file=sys.stderr)
+        say("error: interrupted")
         return 130
     except BrokenPipeError:
-        # Who read our output has gone (`moejax generate … | head`). Without this the interpreter would fail
-        # once more when it flushes stdout at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return 141  # who read our output has gone (`moejax generate … | head`)
+    except Warning as error:
+        if words.traceback or not sys.warnoptions:
+            raise
+        line = " ".join(str(error).split())
+        rule = f"makes an error of a warning: {line}; unset it, or see --traceback"
+        say(f"error: {ConfigError('PYTHONWARNINGS', shown(','.join(sys.warnoptions)), rule)}")
+        return ConfigError.exit_code
     except (OSError, MemoryError) as error:
         if words.traceback:
             traceback.print_exc()
-        print("error:", " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
+        say(f"error: {' '.join(str(error).split()) or type(error).__name__}")
         return TrainingFailed.exit_code
+    finally:
+        drop_unread()
 
 
 @contextlib.contextmanager
@@ -70,16 +79,13 @@ def _leave_the_others(exit_code: int) -> None:
     """
     jax = sys.modules.get("jax")
     if jax is not None and jax.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
+        drop_unread()
         os._exit(exit_code)
 
 
 def _run(words: Words) -> int:
     if words.version:
-        import importlib.metadata
-
-        print("moejax", importlib.metadata.version("moejax"))
+        print("moejax", version_of("moejax"))
         return 0
     if not words.arguments:
         if words.help:

@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from train.config import TrainConfig
+from train.environment import MAX_CPU_DEVICES, load_jax, require_devices
 from train.errors import ConfigError, OthersLost, TrainingFailed
 from train.fields import convert, nearest, override, shown
-
-MAX_CPU_DEVICES = 4096
+from train.paths import expanded
 
 # How the runtime begins its error where a device's memory does not suffice.
 _NO_MEMORY = "RESOURCE_EXHAUSTED"
@@ -99,6 +99,7 @@ def _train(argument: str, options: Mapping[str, str]) -> int:
     config = override(config, {option: value for option, value in options.items() if option not in _PLACE})
     if _steps_run_on_cpu():
         keep_freed_memory()
+    load_jax()
 
     import jax
 
@@ -106,6 +107,7 @@ def _train(argument: str, options: Mapping[str, str]) -> int:
     from train.loop import train
 
     join(options)
+    require_devices()
     try:
         train(config, name)
     except (OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
@@ -122,10 +124,13 @@ def _steps_run_on_cpu() -> bool:
 
 
 def _eval(argument: str, options: Mapping[str, str]) -> int:
-    _check_run_directory(argument)
+    argument = _run_directory(argument)
+    load_jax()
 
     from train.evaluate import evaluate_run
     from train.memory import keep_freed_memory
+
+    require_devices()
 
     if _steps_run_on_cpu():
         keep_freed_memory()
@@ -148,9 +153,12 @@ def _generate(argument: str, options: Mapping[str, str]) -> int:
     for name, is_kept, rule in rules:
         if not is_kept:
             raise ConfigError(f"--{name.replace('_', '-')}", shown(getattr(chosen, name)), rule)
-    _check_run_directory(argument)
+    argument = _run_directory(argument)
+    load_jax()
 
     from train.generate import generate_run
+
+    require_devices()
 
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character must not end the text
@@ -171,12 +179,15 @@ def _generate(argument: str, options: Mapping[str, str]) -> int:
 
 def _report(arguments: Sequence[str], options: Mapping[str, str]) -> int:
     chosen = override(ReportOptions(), options, prefix="--")
-    for argument in arguments:
-        _check_run_directory(argument)
+    output = None if chosen.output is None else str(expanded("--output", chosen.output))
+    arguments = [_run_directory(argument) for argument in arguments]
+    load_jax()
+    os.environ["MPLBACKEND"] = "agg"  # pictures only; the one of a notebook or a screen need not exist here
 
     from train.report import write_report
 
-    print(write_report(arguments, chosen.output))
+    require_devices()
+    print(write_report(arguments, output))
     return 0
 
 
@@ -186,11 +197,15 @@ def _export(argument: str, options: Mapping[str, str]) -> int:
         raise ConfigError("--layer", "(nothing)", "must be given")
     if not chosen.output:
         raise ConfigError("--output", "(nothing)", "must be given")
-    _check_run_directory(argument)
+    output = str(expanded("--output", chosen.output))
+    argument = _run_directory(argument)
+    load_jax()
 
     from train.export import export_run
 
-    print(*export_run(argument, chosen.output, chosen.layer, chosen.expert), sep="\n")
+    require_devices()
+
+    print(*export_run(argument, output, chosen.layer, chosen.expert), sep="\n")
     return 0
 
 
@@ -212,9 +227,11 @@ def _doctor(argument: str, options: Mapping[str, str]) -> int:
     return 0 if doctor() else 1
 
 
-def _check_run_directory(argument: str) -> None:
+def _run_directory(argument: str) -> str:
+    """The path of a run directory, which must be one."""
+    argument = str(expanded("RUN", argument))
     if os.path.isfile(os.path.join(argument, "config.yaml")):
-        return
+        return argument
     runs = [str(path.parent) for path in pathlib.Path(argument).parent.glob("*/config.yaml")]
     rule = "no such run directory"
     if os.path.isdir(argument):
@@ -236,6 +253,8 @@ def use_cpu_devices(text: str) -> None:
     count = convert("--cpu-devices", text, int)
     if not 1 <= count <= MAX_CPU_DEVICES:
         raise ConfigError("--cpu-devices", count, f"must be between 1 and {MAX_CPU_DEVICES}")
+
+    load_jax()
 
     import jax
 

@@ -279,7 +279,8 @@ class LogConfig:
     """A step that takes longer than so many times the median ends the run, with all stacks of all processes and the
     names of those that did not arrive; the same command goes on from the last checkpoint. 0: never."""
     stall_seconds: float = 300.0
-    """What is never too long for a step."""
+    """A step is never considered stalled before this many seconds. The time in which the process is suspended does not
+    count."""
     tensorboard: bool = True
     """Also write TensorBoard event files."""
 
@@ -293,7 +294,7 @@ class TrainConfig:
     seed: int = 0
     """Seed of parameters and data order."""
     workdir: str | None = None
-    """Run directory. Unset: runs/<config>-<date>-<time>."""
+    """Run directory. Unset: a new one, runs/<config>-<date>-<time>."""
     precision: Literal["f32", "bf16"] = "f32"
     """Compute type over f32 parameters: true f32 products, or bf16."""
     data: DataConfig = field(default_factory=DataConfig)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import glob
 import importlib.util
@@ -9,6 +10,7 @@ import os
 import pathlib
 import re
 import sys
+from collections.abc import Iterator
 
 import yaml
 
@@ -16,10 +18,14 @@ import train
 from train.config import TOKENIZER_NAMES, TrainConfig
 from train.errors import ConfigError
 from train.fields import build, flatten, get, nearest, override, shown
+from train.versions import version_of
 
 # `configs` lies beside `train`, in a checkout as in an installed wheel. Asking the import system for the name
 # would find a user's own `configs` folder first.
 SHIPPED = pathlib.Path(train.__file__).resolve().parent.parent / "configs"
+
+# The entry of a saved config that is no field: the version of moejax that wrote it.
+VERSION = "moejax"
 
 # Fields that may hold a path; `data.tokenizer` may also hold a name.
 PATHS = ("data.path", "data.validation_path", "data.tokenizer")
@@ -53,7 +59,7 @@ def find_config(argument: str) -> tuple[TrainConfig, str]:
     Raises:
       ConfigError: there is no such file (names the nearest), or it does not give a config.
     """
-    path = pathlib.Path(argument)
+    path = pathlib.Path(os.path.expanduser(argument))
     if path.suffix in (".py", ".yaml", ".yml") and os.path.isfile(path):
         if path.suffix == ".py":
             return load_python(path), path.stem
@@ -99,12 +105,14 @@ def load_python(path: str | os.PathLike[str]) -> TrainConfig:
 def save_config(config: TrainConfig, path: str | os.PathLike[str]) -> None:
     """Write every field as YAML, such that `load_config` gives the same config back; the file is replaced.
 
-    All but `workdir`: a run directory may be moved, and a config that comes from it begins a run of its own.
+    All but `workdir`: a run directory may be moved, and a config that comes from it begins a run of its own. The file
+    also says which version of moejax wrote it.
     """
     path = pathlib.Path(path)
     config = dataclasses.replace(config, workdir=None)
     # ASCII only: PyYAML writes some Unicode line ends (U+0085) such that they come back as spaces.
-    text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=False, width=1_000_000)
+    values = {VERSION: version_of("moejax"), **dataclasses.asdict(config)}
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=False, width=1_000_000)
     scratch = path.with_name(path.name + ".new")
     scratch.write_text(text, encoding="ascii")
     scratch.replace(path)
@@ -115,7 +123,7 @@ def load_config(path: str | os.PathLike[str]) -> TrainConfig:
 
     Raises:
       ConfigError: the file cannot be read or is no YAML, has an unknown field (names the nearest) or a value
-        of the wrong type.
+        of the wrong type. Where another version of moejax wrote the file, the error names both versions.
     """
     path = pathlib.Path(path)
     try:
@@ -126,7 +134,34 @@ def load_config(path: str | os.PathLike[str]) -> TrainConfig:
         raise ConfigError("CONFIG", path, f"is not valid YAML: {shown(error)}") from error
     if not isinstance(values, dict):
         raise ConfigError("CONFIG", path, "must be a YAML mapping of config fields")
-    return build(TrainConfig, values)
+    with naming_versions(values.pop(VERSION, None), path):
+        return build(TrainConfig, values)
+
+
+@contextlib.contextmanager
+def naming_versions(writer: object, path: pathlib.Path) -> Iterator[None]:
+    """An error of input in the block names the version that wrote the file, where that is another one.
+
+    Args:
+      writer: the version, as the file says; None where it does not.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        ours = version_of("moejax")
+        if writer is None or writer == ours:
+            raise
+        rule = (
+            f"{error.rule}; moejax {shown(writer)} wrote {path}, here is moejax {ours}: use that version, or correct "
+            "the file"
+        )
+        raise ConfigError(error.field, error.value, rule) from error
+
+
+def version_in(path: pathlib.Path) -> str | None:
+    """The version of moejax that wrote a `config.yaml`; None where nothing says so."""
+    written = re.match(rf"{VERSION}: '?([^'\n]+)", path.read_text(encoding="utf-8", errors="replace"))
+    return written[1] if written else None
 
 
 def earlier_config(workdir: pathlib.Path) -> TrainConfig | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import time
 from collections.abc import Iterator
+
+from train.environment import load_jax, require_devices
+from train.versions import version_of
 
 PACKAGES = ("moejax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
@@ -19,7 +21,11 @@ CLUSTERS = {
 
 
 def doctor() -> bool:
-    """Print what was found, one `name  value` line each; False when a check gave a wrong answer."""
+    """Print what was found, one `name  value` line each; False when a check gave a wrong answer.
+
+    Raises:
+      ConfigError: jax does not start here; what could be found without it has been printed.
+    """
     sound = True
     for name, value, is_sound in findings():
         print(f"{name:<22}{value}" if is_sound else f"{name:<22}FAILED: {value}", flush=True)
@@ -31,11 +37,14 @@ def findings() -> Iterator[tuple[str, str, bool]]:
     """(name, what was found, whether it is sound), from what cannot fail to what can."""
     yield "python", platform.python_version(), True
     for package in PACKAGES:
-        yield package, _version(package), True
+        yield package, version_of(package), True
     yield "machine", f"{platform.system()} {platform.machine()}, {_cores()} cores, {_memory()}", True
     yield "cluster", cluster(), True
+    load_jax()
+    yield _native_ops("CPU")
+    require_devices()
     yield from _devices()
-    yield from _native_ops()
+    yield _native_ops("CUDA")
     yield from _grouped_matmul()
     yield from _collectives()
     yield from _exchange()
@@ -47,13 +56,6 @@ def cluster() -> str:
         if all(variable in os.environ for variable in variables):
             return name
     return "none found: a single process"
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _cores() -> int:
@@ -82,12 +84,12 @@ def _devices() -> Iterator[tuple[str, str, bool]]:
         yield f"device {device.id}", f"{device.device_kind}{memory}", True
 
 
-def _native_ops() -> Iterator[tuple[str, str, bool]]:
+def _native_ops(platform: str) -> tuple[str, str, bool]:
     """What was compiled when moejax was installed; without it plain XLA takes its place, slower."""
     from custom_ops import native
 
-    for name, described in (("CPU", native.describe()), ("CUDA", native.describe_cuda())):
-        yield f"native ops, {name}", described, "does not load" not in described
+    described = native.describe() if platform == "CPU" else native.describe_cuda()
+    return f"native ops, {platform}", described, "does not load" not in described
 
 
 def _grouped_matmul() -> Iterator[tuple[str, str, bool]]:

@@ -12,18 +12,21 @@ import os
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import jax
 
+from train.clock import now, unless_done_within
 from train.errors import ConfigError
 from train.place import LAUNCHER, Place, find_place, gpu_of, open_mpi_place, slurm_place
+from train.streams import say
 
 HEARTBEAT_SECONDS = 30
 """After so long without a sign of life a process counts as lost, and all others end."""
+LAUNCHED_HEARTBEAT_SECONDS = 7 * 24 * 3600
+"""The same under `moejax launch`, which sees by itself when a process ends: a suspended run gives no sign of life."""
 PARTING_SECONDS = 30
 """How long a process that ends waits for the others to end too; then they count as told, and end."""
 CONNECT_SECONDS = 180
@@ -64,7 +67,7 @@ def join(options: Mapping[str, str], environment: Mapping[str, str] = os.environ
         give_up = partial(_give_up, place)
         with (
             _saying_what_it_waits_for(place, partial(_the_others, place)),
-            _unless_done_within(CONNECT_SECONDS, give_up),
+            unless_done_within(CONNECT_SECONDS, give_up),
         ):
             jax.distributed.initialize(
                 place.coordinator,
@@ -73,7 +76,9 @@ def join(options: Mapping[str, str], environment: Mapping[str, str] = os.environ
                 local_device_ids=gpu,
                 cluster_detection_method="deactivate",
                 initialization_timeout=2 * CONNECT_SECONDS,
-                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+                heartbeat_timeout_seconds=(
+                    LAUNCHED_HEARTBEAT_SECONDS if LAUNCHER in environment else HEARTBEAT_SECONDS
+                ),
                 shutdown_timeout_seconds=PARTING_SECONDS,
                 coordinator_bind_address=place.listens_on,
             )
@@ -117,20 +122,8 @@ def _saying_what_it_waits_for(place: Place, what: Callable[[], str]) -> Iterator
             *(place.process_id, place.processes, what(), CONNECT_SECONDS),
         )
 
-    with _unless_done_within(PATIENCE_SECONDS, warn):
+    with unless_done_within(PATIENCE_SECONDS, warn):
         yield
-
-
-@contextlib.contextmanager
-def _unless_done_within(seconds: float, act: Callable[[], None]) -> Iterator[None]:
-    """A block that takes so long calls `act`, in a thread of its own."""
-    timer = threading.Timer(seconds, act)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def _the_others(place: Place) -> str:
@@ -157,15 +150,15 @@ def _give_up(place: Place) -> None:
         f"{_the_others(place)}; look at the output of those that are not"
     )
     error = ConfigError("--coordinator", place.coordinator, rule)
-    print("error:", error, file=sys.stderr, flush=True)
+    say(f"error: {error}")
     os._exit(error.exit_code)
 
 
 def _wait_for_coordinator(place: Place) -> None:
     """Try to reach the coordinator's port: jax would wait for minutes and end with a C++ stack."""
     host, _, port = place.coordinator.rpartition(":")
-    deadline, reason = time.monotonic() + CONNECT_SECONDS, ""
-    while time.monotonic() < deadline:
+    deadline, reason = now() + CONNECT_SECONDS, ""
+    while now() < deadline:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
             return

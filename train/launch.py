@@ -16,17 +16,23 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 
+from train.clock import now
+from train.config_io import find_config
 from train.errors import OthersLost, RunError, TrainingFailed
+from train.paths import expanded
 from train.place import COORDINATOR, DEVICES, LAUNCHER, NEIGHBOURS, PROCESS_ID, PROCESSES
+from train.streams import say
+from train.words import Words, take_apart
 
 GRACE_SECONDS = 15
 """How long the others may take to end after one has died, before they are killed."""
 LAST_LINES = 8
 """Lines of a dead process that are shown."""
 
+_START = pathlib.Path(__file__).resolve().parent.parent / "moejax_cli" / "__init__.py"
 # Exit codes of processes that a signal has stopped in order: all of them are about to end by themselves.
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 # How a process ends because another one has: by jax's runtime, or as `OthersLost`.
@@ -53,7 +59,7 @@ class Worker:
       command: what it runs.
       environment: its whole environment.
       log: where its output goes once the run's directory is there, for nothing is written before the input is sound.
-        Unset: the terminal; what it writes to stdout without the lines of `_NOISE`.
+        None: nowhere. That of number 0 goes to the terminal, its stdout without the lines of `_NOISE`.
     """
 
     def __init__(
@@ -67,12 +73,12 @@ class Worker:
             env=dict(environment),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT if log else None,
+            stderr=subprocess.STDOUT if number else None,
             text=True,
             errors="replace",
             start_new_session=True,
         )
-        self._reader = threading.Thread(target=self._read if log else self._show, daemon=True)
+        self._reader = threading.Thread(target=self._read if number else self._show, daemon=True)
         self._reader.start()
 
     def _show(self) -> None:
@@ -85,14 +91,14 @@ class Worker:
                     sys.stdout.flush()
 
     def _read(self) -> None:
-        assert self.process.stdout is not None and self.log is not None
+        assert self.process.stdout is not None
         waiting: list[str] = []
         for line in itertools.chain(self.process.stdout, [""]):
             self.last_lines.extend([line.rstrip()] if line else [])
             waiting.append(line)
             # Whatever the disk says: a process whose output nobody reads stands still.
             with contextlib.suppress(OSError):
-                if self.log.parent.parent.is_dir():
+                if self.log is not None and self.log.parent.parent.is_dir():
                     self.log.parent.mkdir(exist_ok=True)
                     with self.log.open("a", encoding="utf-8") as file:
                         file.writelines(waiting)
@@ -130,25 +136,48 @@ def launch(words: Sequence[str], processes: int, devices: int | None) -> int:
       TrainingFailed: a process died; names it and shows its last lines.
     """
     coordinator = f"127.0.0.1:{_free_port()}"
-    command = [sys.executable, "-m", "train", *words]
+    # Not `-m train`, and with -P: a train.py in the current folder must never run in its place.
+    command = [sys.executable, "-P", str(_START), *words]
     if devices is not None:
         command += ["--cpu-devices", str(devices)]
     logs = _log_folder(words)
-    workers = []
-    for number in range(processes):
-        environment = os.environ | {
-            COORDINATOR: coordinator,
-            PROCESSES: str(processes),
-            PROCESS_ID: str(number),
-            LAUNCHER: str(os.getpid()),
-        }
-        if devices is None:
-            environment[NEIGHBOURS] = str(processes)  # each takes one of the GPUs
-        else:
-            environment[DEVICES] = str(devices)
-        log = logs / f"process-{number}.txt" if number else None
-        workers.append(Worker(number, command, environment, log))
+    workers: list[Worker] = []
+    with _passing_signals_on(workers):
+        for number in range(processes):
+            environment = os.environ | {
+                COORDINATOR: coordinator,
+                PROCESSES: str(processes),
+                PROCESS_ID: str(number),
+                LAUNCHER: str(os.getpid()),
+            }
+            if devices is None:
+                environment[NEIGHBOURS] = str(processes)  # each takes one of the GPUs
+            else:
+                environment[DEVICES] = str(devices)
+            log = logs / f"process-{number}.txt" if logs else None
+            workers.append(Worker(number, command, environment, log))
+        dead = _wait_for_first_failure(workers)
+        if dead is not None and dead.process.returncode not in _STOPPED:
+            dead = _stop_all(workers, dead)
+        codes = [worker.end() for worker in workers]
+    if dead is None:
+        return 0
+    code = codes[dead.number]
+    if code == 2 or code in _STOPPED:
+        if dead.number and codes[0] != code:  # process 0 has said it itself
+            say("\n".join(dead.last_lines))
+        return code
+    shown = "".join(f" | {line}" for line in dead.last_lines)
+    raise TrainingFailed(f"process {dead.number} of {processes} ended with code {code}{shown}")
 
+
+@contextlib.contextmanager
+def _passing_signals_on(workers: Sequence[Worker]) -> Iterator[None]:
+    """Within the block the workers get what this process gets: to stop, to be suspended. At its end they are killed.
+
+    Raises:
+      StoppedAtOnce: the same signal came again.
+    """
     asked: set[int] = set()
 
     def pass_on(number: int, _: FrameType | None) -> None:
@@ -165,28 +194,25 @@ def launch(words: Sequence[str], processes: int, devices: int | None) -> int:
         if again:
             raise StoppedAtOnce(number)
 
-    previous = {
-        number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    def suspend(*_: object) -> None:
+        # Ctrl-Z. The workers have groups of their own, so they would go on and fill a pipe that nobody empties.
+        for worker in workers:
+            worker.signal(signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        for worker in workers:
+            worker.signal(signal.SIGCONT)
+
+    handlers = dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), pass_on) | {
+        signal.SIGTSTP: suspend
     }
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        dead = _wait_for_first_failure(workers)
-        if dead is not None and dead.process.returncode not in _STOPPED:
-            dead = _stop_all(workers, dead)
-        codes = [worker.end() for worker in workers]
+        yield
     finally:
         for worker in workers:
             worker.signal(signal.SIGKILL)
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if dead is None:
-        return 0
-    code = codes[dead.number]
-    if code == 2 or code in _STOPPED:
-        if dead.number and codes[0] != code:  # process 0 has said it itself
-            print(*dead.last_lines, sep="\n", file=sys.stderr)
-        return code
-    shown = "".join(f" | {line}" for line in dead.last_lines)
-    raise TrainingFailed(f"process {dead.number} of {processes} ended with code {code}{shown}")
 
 
 def _wait_for_first_failure(workers: Sequence[Worker]) -> Worker | None:
@@ -208,8 +234,8 @@ def _stop_all(workers: Sequence[Worker], first: Worker) -> Worker:
       The one that is the cause. It need not be the `first` that was seen to end: the kernel closes a process's
       connections before it tells the parent that it has ended, so its victims may be faster.
     """
-    deadline = time.monotonic() + GRACE_SECONDS
-    while time.monotonic() < deadline and any(worker.process.poll() is None for worker in workers):
+    deadline = now() + GRACE_SECONDS
+    while now() < deadline and any(worker.process.poll() is None for worker in workers):
         time.sleep(0.05)
     ended = [worker for worker in (first, *workers) if worker.process.poll() not in (0, None, *_STOPPED)]
     for worker in workers:
@@ -222,13 +248,16 @@ def _likelihood(code: int) -> int:
     return 2 if code in _VICTIM else int(code > 0)
 
 
-def _log_folder(words: Sequence[str]) -> pathlib.Path:
-    """`logs` in the run's directory, which the command line names."""
-    for word, value in zip(words, [*words[1:], ""], strict=True):
-        name, equals, same_word = word.partition("=")
-        if name == "--workdir":
-            return pathlib.Path(same_word if equals else value) / "logs"
-    return pathlib.Path("logs")
+def _log_folder(words: Sequence[str]) -> pathlib.Path | None:
+    """`logs` in the run's directory, which the command line or the config names; None where neither does."""
+    parts = Words()
+    take_apart(list(words), parts)
+    workdir = parts.options.get("workdir")
+    with contextlib.suppress(RunError):  # the workers say what is wrong
+        if workdir is None and len(parts.arguments) > 1:
+            workdir = find_config(parts.arguments[1])[0].workdir
+        return None if workdir is None else expanded("workdir", workdir) / "logs"
+    return None
 
 
 def _free_port() -> int:

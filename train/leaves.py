@@ -38,6 +38,12 @@ def stored_abstract(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(plain.shape, plain.dtype, sharding=sharding)
 
 
+def bytes_of(tree: Any) -> int:
+    """Bytes of all plain arrays of a tree of `jax.ShapeDtypeStruct`."""
+    plain = map(stored_abstract, jax.tree.leaves(tree))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in plain)
+
+
 def revived(leaf: jax.ShapeDtypeStruct, array: jax.Array) -> jax.Array:
     """The leaf made of its plain array: the inverse of `stored`."""
     return jax.random.wrap_key_data(array, impl=_implementation(leaf)) if is_key(leaf) else array

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from train.errors import ConfigError, Interrupted, NotFinite
 from train.evaluator import Evaluator, is_due, is_owed
 from train.feed import abstract_batch, device_batch, process_rows
 from train.fields import flatten
+from train.leaves import bytes_of
 from train.lock import lock_run
 from train.logs import held_back
 from train.metrics import FILE_NAME as METRICS
@@ -42,6 +42,7 @@ from train.step import TrainState
 from train.tuner import Tuner
 from train.validation import validate
 from train.watchdog import Watchdog
+from train.workdir import Workdir
 
 log = logging.getLogger("moejax")
 
@@ -62,7 +63,9 @@ def train(config: TrainConfig, name: str) -> None:
     check_devices()
     with processes.refusing_together():
         validate(config, jax.device_count())
-        workdir = _workdir(config, name)
+        if config.workdir is None and jax.process_count() > 1:
+            raise ConfigError("workdir", "(nothing)", "must be given, so that all processes have the same")
+        workdir = Workdir(config.workdir, name)
     failure = None
     for attempt in range(MAX_ROLLBACKS + 1):
         try:
@@ -73,11 +76,11 @@ def train(config: TrainConfig, name: str) -> None:
             failure = error
 
 
-def _train(config: TrainConfig, workdir: Path, failure: NotFinite | None) -> None:
+def _train(config: TrainConfig, directory: Workdir, failure: NotFinite | None) -> None:
     """One attempt; after a `failure` the data goes on behind the batch that it came from."""
     # ---- input: everything that can be refused is refused before the workdir exists ----
     with processes.refusing_together():
-        config, tokenizer, corpus = _read_input(config, workdir)
+        config, tokenizer, corpus = _read_input(config, directory)
         mesh = make_mesh(config.mesh)
         batch_size, sequence_length = config.data.batch_size, config.data.sequence_length
         rows = process_rows(mesh, batch_size)
@@ -94,7 +97,8 @@ def _train(config: TrainConfig, workdir: Path, failure: NotFinite | None) -> Non
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(product_precision(config))
         with processes.refusing_together():
-            _make_directory(workdir)
+            directory.make()
+            workdir = directory.path
             if processes.is_first():
                 stack.enter_context(lock_run(workdir))
         stop = stack.enter_context(stop_signals())
@@ -108,6 +112,8 @@ def _train(config: TrainConfig, workdir: Path, failure: NotFinite | None) -> Non
         # Only now is nothing left that could refuse to go on: a refused resume leaves the run as it was.
         with processes.refusing_together():
             if processes.is_first():
+                if first < config.steps:
+                    directory.require_room(bytes_of(program.abstract_state), config.steps)
                 save_config(config, workdir / "config.yaml")
                 tokenizer.save(workdir)
             monitor = _monitor(workdir, config, program.spec, mesh, first, evaluated=not owes_evaluation)
@@ -180,16 +186,16 @@ def _train(config: TrainConfig, workdir: Path, failure: NotFinite | None) -> Non
             checkpoints.wait()
 
 
-def _read_input(config: TrainConfig, workdir: Path) -> tuple[TrainConfig, Tokenizer, Corpus]:
+def _read_input(config: TrainConfig, directory: Workdir) -> tuple[TrainConfig, Tokenizer, Corpus]:
     """The config with absolute paths, and the data it names.
 
     Raises:
       ConfigError: the data cannot be used, or the workdir is that of another run.
     """
-    earlier = earlier_config(workdir)
+    earlier = None if directory.is_new else earlier_config(directory.path)
     config = with_absolute_paths(config, earlier)
     if earlier is not None:
-        refuse_other_run(workdir, earlier, config)
+        refuse_other_run(directory.path, earlier, config)
     tokenizer = build_tokenizer(config.data)
     _check_vocabulary(config, tokenizer)
     return config, tokenizer, load_corpus(config.data, tokenizer)
@@ -267,21 +273,6 @@ def _check_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> None:
     if size is not None and size < tokenizer.vocab_size:
         rule = f"must be at least the tokenizer's vocabulary ({tokenizer.vocab_size})"
         raise ConfigError("model.vocab_size", size, rule)
-
-
-def _workdir(config: TrainConfig, name: str) -> Path:
-    if config.workdir:
-        return Path(config.workdir)
-    if jax.process_count() > 1:
-        raise ConfigError("workdir", "(nothing)", "must be given, so that all processes have the same")
-    return Path(f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}")
-
-
-def _make_directory(workdir: Path) -> None:
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError("workdir", workdir, f"cannot be created: {error.strerror}") from error
 
 
 def _monitor(

@@ -6,11 +6,11 @@ import contextlib
 import logging
 import os
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from train import clock
 from train.config import LogConfig
 from train.errors import TrainingFailed
 from train.logs import logged_to
@@ -70,7 +70,7 @@ class Monitor:
         self._terminal_handler = _TerminalHandler(self._terminal)
         self._logging = contextlib.ExitStack()
         self._logging.enter_context(logged_to([self._file_handler, self._terminal_handler]))
-        self._last_step, self._last_time = start_step, time.perf_counter()
+        self._last_step, self._last_time = start_step, clock.now()
 
     def __enter__(self) -> Monitor:
         """Close at the end of the block."""
@@ -94,7 +94,7 @@ class Monitor:
         Raises:
           TrainingFailed: the line could not be written.
         """
-        now = time.perf_counter()
+        now = clock.now()
         seconds = (now - self._last_time) / max(1, step - self._last_step)
         self._last_step, self._last_time = step, now
         record = {
@@ -134,11 +134,11 @@ class Monitor:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Leave the time of a block, such as an evaluation, out of the time per step."""
-        began = time.perf_counter()
+        began = clock.now()
         try:
             yield
         finally:
-            self._last_time += time.perf_counter() - began
+            self._last_time += clock.now() - began
 
     def close(self) -> None:
         """Close every file and leave the terminal in order; a second call does nothing."""

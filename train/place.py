@@ -77,9 +77,10 @@ def find_place(options: Mapping[str, str], environment: Mapping[str, str] = os.e
 def _neighbourhood(environment: Mapping[str, str]) -> tuple[int | None, int | None]:
     """Processes on this node, and the number of this one among them, where `moejax launch` or Open MPI say so."""
     if NEIGHBOURS in environment:
-        return int(environment[NEIGHBOURS]), int(environment[PROCESS_ID])
+        return _given(environment, NEIGHBOURS), _given(environment, PROCESS_ID)
     if "OMPI_COMM_WORLD_LOCAL_SIZE" in environment:
-        return int(environment["OMPI_COMM_WORLD_LOCAL_SIZE"]), int(environment["OMPI_COMM_WORLD_LOCAL_RANK"])
+        local_size, local_rank = "OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"
+        return _given(environment, local_size), _given(environment, local_rank)
     return None, None
 
 
@@ -89,28 +90,46 @@ def _number(name: str, text: str | None) -> int:
     return int(text)
 
 
+def _given(environment: Mapping[str, str], name: str, unset: str | None = None) -> int:
+    """The whole number that a scheduler has left in a variable."""
+    text = environment.get(name, unset)
+    if text is None or not text.isdecimal():
+        rule = "must be a whole number, as its scheduler sets it"
+        raise ConfigError(name, "(nothing)" if text is None else shown(text), rule)
+    return int(text)
+
+
 def slurm_place(environment: Mapping[str, str]) -> Place | None:
     """The place of a process that `srun` started beside others; None for all else.
 
     The shell of an allocation has the job's variables too, but only `srun` gives a process its number.
     """
-    if "SLURM_STEP_ID" not in environment or int(environment.get("SLURM_NTASKS", "1")) < 2:
+    if "SLURM_STEP_ID" not in environment or _given(environment, "SLURM_NTASKS", "1") < 2:
         return None
     # Such as node1, node1,node7 or node[001-004,7],other: the first one holds process 0.
-    match = re.match(r"([^,\[]+)(?:\[([^,\-\]]+))?", environment["SLURM_STEP_NODELIST"])
-    assert match is not None
+    nodes = environment.get("SLURM_STEP_NODELIST", "")
+    match = re.match(r"([^,\[]+)(?:\[([^,\-\]]+))?", nodes)
+    if match is None:
+        raise ConfigError(
+            "SLURM_STEP_NODELIST", shown(nodes), "must be the nodes of the step, as srun sets it"
+        )
     # Steps of one job may run side by side.
-    number = int(environment["SLURM_JOB_ID"]) + 61 * int(environment["SLURM_STEP_ID"])
+    number = _given(environment, "SLURM_JOB_ID") + 61 * _given(environment, "SLURM_STEP_ID")
     # Such as 2(x3),1: nodes 0 to 2 have two processes, node 3 has one.
+    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
     counts: list[int] = []
-    for count, repeated in re.findall(r"(\d+)(?:\(x(\d+)\))?", environment["SLURM_STEP_TASKS_PER_NODE"]):
+    for count, repeated in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks):
         counts += [int(count)] * int(repeated or 1)
+    node = _given(environment, "SLURM_NODEID")
+    if node >= len(counts):
+        rule = f"must say how many tasks node {node} has, as srun sets it"
+        raise ConfigError("SLURM_STEP_TASKS_PER_NODE", shown(tasks), rule)
     return Place(
         f"{match[1]}{match[2] or ''}:{_FIRST_PORT + number % _PORTS}",
-        int(environment["SLURM_NTASKS"]),
-        int(environment["SLURM_PROCID"]),
-        counts[int(environment["SLURM_NODEID"])],
-        int(environment["SLURM_LOCALID"]),
+        _given(environment, "SLURM_NTASKS"),
+        _given(environment, "SLURM_PROCID"),
+        counts[node],
+        _given(environment, "SLURM_LOCALID"),
     )
 
 
@@ -119,7 +138,7 @@ def open_mpi_place(environment: Mapping[str, str]) -> Place | None:
 
     Process 0 is looked for where `mpirun` runs. Open MPI 4 says the address of that node, Open MPI 5 its name.
     """
-    if int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) < 2:
+    if _given(environment, "OMPI_COMM_WORLD_SIZE", "1") < 2:
         return None
     four = re.match(
         r"(\d+)\.\d+;tcp6?://\[?([^,;\]]+?)(?=[,;\]]|:\d+(?:;|$))",
@@ -137,10 +156,10 @@ def open_mpi_place(environment: Mapping[str, str]) -> Place | None:
         f"[{host}]:{_FIRST_PORT + number % _PORTS}"
         if ":" in host
         else f"{host}:{_FIRST_PORT + number % _PORTS}",
-        int(environment["OMPI_COMM_WORLD_SIZE"]),
-        int(environment["OMPI_COMM_WORLD_RANK"]),
-        int(environment["OMPI_COMM_WORLD_LOCAL_SIZE"]),
-        int(environment["OMPI_COMM_WORLD_LOCAL_RANK"]),
+        _given(environment, "OMPI_COMM_WORLD_SIZE"),
+        _given(environment, "OMPI_COMM_WORLD_RANK"),
+        _given(environment, "OMPI_COMM_WORLD_LOCAL_SIZE"),
+        _given(environment, "OMPI_COMM_WORLD_LOCAL_RANK"),
     )
 
 

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import itertools
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
+from train.clock import now
 from train.errors import ConfigError, FailedTogether, TrainingFailed
 from train.fields import shown
+from train.versions import version_of
 
 COMPILE_SECONDS = 1800
 """How long a process waits for the others to compile."""
+PIECE_SECONDS = 60
+"""Longest single wait for the coordinator's answer."""
 
 Number = TypeVar("Number", bool, int)
 
@@ -27,9 +29,7 @@ _meetings = itertools.count()
 
 def versions() -> str:
     """What must be alike in all processes, or their programs differ."""
-    return ", ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in ("moejax", "jax", "jaxlib", "flax", "optax")
-    )
+    return ", ".join(f"{name} {version_of(name)}" for name in ("moejax", "jax", "jaxlib", "flax", "optax"))
 
 
 def is_first() -> bool:
@@ -80,11 +80,10 @@ def exchange_texts(mine: str, topic: str, seconds: float = COMPILE_SECONDS) -> l
     if me:
         client.key_value_set(f"moejax/{topic}/{me}", mine)
         return None
-    deadline = time.monotonic() + seconds
+    deadline = now() + seconds
     texts = [mine]
     for other in range(1, jax.process_count()):
-        left = max(1, int(1000 * (deadline - time.monotonic())))
-        texts.append(client.blocking_key_value_get(f"moejax/{topic}/{other}", left))
+        texts.append(_wait_for(f"moejax/{topic}/{other}", deadline))
         client.key_value_delete(f"moejax/{topic}/{other}")
     return texts
 
@@ -94,7 +93,18 @@ def tell_all(text: str, topic: str, seconds: float = COMPILE_SECONDS) -> str:
     if jax.process_index() == 0:
         _client().key_value_set(f"moejax/{topic}", text)
         return text
-    return _client().blocking_key_value_get(f"moejax/{topic}", int(1000 * seconds))
+    return _wait_for(f"moejax/{topic}", now() + seconds)
+
+
+def _wait_for(key: str, deadline: float) -> str:
+    """The text of another process. Waits in pieces: a single wait would go on while this process is suspended."""
+    while True:
+        left = min(deadline - now(), PIECE_SECONDS)
+        try:
+            return _client().blocking_key_value_get(key, max(1, int(1000 * left)))
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error) or now() >= deadline:
+                raise
 
 
 def put(topic: str, text: str) -> None:

@@ -7,7 +7,6 @@ import itertools
 import logging
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -87,10 +86,10 @@ def _stop_alone() -> Iterator[Stop]:
     def request(number: int, _: Any) -> None:
         if stop.number:
             # Not by an exception: jax swallows one that strikes in a callback of its own, while it compiles.
-            sys.stderr.write(
-                f"{_SHOW_CURSOR if sys.stderr.isatty() else ''}error: stopped at once by signal {number}\n"
-            )
-            sys.stderr.flush()
+            # Not by `sys.stderr` either: the signal may have come while a line is written to it.
+            with contextlib.suppress(OSError):
+                cursor = _SHOW_CURSOR if os.isatty(2) else ""
+                os.write(2, f"{cursor}error: stopped at once by signal {number}\n".encode())
             os._exit(128 + number)
         stop.number = number
         log.warning(

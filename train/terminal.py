@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping
 from typing import Protocol, TextIO
 
+from train.clock import now
 from train.metrics import DROP_CAUSES
 
 _ONLY_IF_ANY = ("moe/dropped_fraction", "moe/dead_experts")
@@ -42,7 +42,7 @@ def make_terminal(stream: TextIO, total_steps: int, start_step: int) -> Terminal
 class Pace:
     """Time left, from the pace since the first logged step: that one has the compilation in it."""
 
-    def __init__(self, total_steps: int, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, total_steps: int, clock: Callable[[], float] = now):
         self._total, self._clock = total_steps, clock
         self._first: tuple[int, float] | None = None
 
@@ -90,23 +90,23 @@ def _cause_of_drops(metrics: Mapping[str, float]) -> str:
 class PlainTerminal:
     """Lines without control codes: the first and last step, evaluations, and a step every few seconds."""
 
-    def __init__(self, stream: TextIO, total_steps: int, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, stream: TextIO, total_steps: int, clock: Callable[[], float] = now):
         self._stream, self._total, self._clock = stream, total_steps, clock
         self._pace = Pace(total_steps, clock)
         self._shown: float | None = None
 
     def train(self, step: int, metrics: Mapping[str, float]) -> None:
         """Print a logged step, unless the last line is only a moment old."""
-        remaining, now = self._pace.remaining(step), self._clock()
-        if self._shown is None or step >= self._total or now - self._shown >= _PLAIN_SECONDS:
-            self._shown = now
+        remaining, moment = self._pace.remaining(step), self._clock()
+        if self._shown is None or step >= self._total or moment - self._shown >= _PLAIN_SECONDS:
+            self._shown = moment
             self.message(f"step {step}/{self._total}  {summary(metrics)}  ETA {remaining}")
 
     def evaluating(self, done: int, total: int) -> None:
         """Print how far an evaluation is, unless the last line is only a moment old."""
-        now = self._clock()
-        if self._shown is None or now - self._shown >= _PLAIN_SECONDS:
-            self._shown = now
+        moment = self._clock()
+        if self._shown is None or moment - self._shown >= _PLAIN_SECONDS:
+            self._shown = moment
             self.message(f"evaluating  {done}/{total} batches")
 
     def evaluation(self, step: int, loss: float) -> None:

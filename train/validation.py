@@ -193,7 +193,9 @@ def _check_ranges(config: TrainConfig) -> None:
                 raise ConfigError(name, value, text)
         if name in NOT_EMPTY and value is not None and not value.strip():
             raise ConfigError(name, shown(value), "must not be empty")
-    if config.workdir is not None and (there := _file_on_the_way(pathlib.Path(config.workdir))):
+    if config.workdir is not None and (
+        there := _file_on_the_way(pathlib.Path(os.path.expanduser(config.workdir)))
+    ):
         raise ConfigError("workdir", config.workdir, f"must be a directory, but {there} is a file")
 
 

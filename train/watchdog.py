@@ -19,8 +19,9 @@ from types import TracebackType
 
 import jax
 
-from train import processes
+from train import clock, processes
 from train.errors import TrainingFailed
+from train.streams import say
 
 KEPT = 64
 """Step times of which the median is taken."""
@@ -37,7 +38,8 @@ class Watchdog:
     """A thread in each process that ends it when the steps stop coming.
 
     The loop tells it which steps it has begun and which ones the device has finished. The device is late when the
-    steps that it has begun take longer than `factor` times the median, and longer than `seconds`.
+    steps that it has begun take longer than `factor` times the median, and longer than `seconds`. Time in which the
+    process was suspended does not count.
 
     Args:
       workdir: the stacks go to `logs/stacks-<process>.txt` there, and to the process's own output.
@@ -76,7 +78,7 @@ class Watchdog:
 
     def finished(self, step: int) -> None:
         """The device has finished all steps up to this one."""
-        now = time.monotonic()
+        now = clock.now()
         if self._finished_at is not None and step > self._finished:
             self._times.append((now - self._finished_at) / (step - self._finished))
         self._finished, self._finished_at = step, now
@@ -88,7 +90,7 @@ class Watchdog:
         try:
             yield
         finally:
-            self._finished_at = time.monotonic()  # before it is watched again
+            self._finished_at = clock.now()  # before it is watched again
             self._pauses -= 1
 
     def limit(self) -> float | None:
@@ -105,7 +107,7 @@ class Watchdog:
             limit, since = self.limit(), self._finished_at
             if limit is None or since is None:
                 continue
-            waited = time.monotonic() - since
+            waited = clock.now() - since
             if waited > limit or (waited > self._floor / 2 and self._another_gave_up()):
                 self._give_up(waited)
                 return
@@ -132,12 +134,10 @@ class Watchdog:
                 faulthandler.dump_traceback(file)
         with contextlib.suppress(OSError, ValueError):  # no real file, as under a notebook
             faulthandler.dump_traceback(sys.stderr)
-        print(
+        say(
             f"error: step {self._finished + 1} has not ended after {waited:.0f} s"
             f"{self._who_is_behind()}; all stacks are in {self._path.parent}; the same command goes on "
-            "from the last checkpoint",
-            file=sys.stderr,
-            flush=True,
+            "from the last checkpoint"
         )
         if jax.process_count() > 1 and processes.is_first():
             time.sleep(MEETING_SECONDS)  # the others still need the coordinator, which lives here
@@ -147,9 +147,9 @@ class Watchdog:
             return ""
         processes.put(_TOPIC, str(self._begun))
         # The median of the others may differ a little from ours.
-        deadline = time.monotonic() + MEETING_SECONDS
+        deadline = clock.now() + MEETING_SECONDS
         standing: dict[int, str] = {}
-        while time.monotonic() < deadline and len(standing) < jax.process_count():
+        while clock.now() < deadline and len(standing) < jax.process_count():
             time.sleep(0.2)
             standing = processes.look(_TOPIC)
         return behind({number: int(step) for number, step in standing.items()}, jax.process_count())

@@ -83,10 +83,21 @@ def _number_in_run(pid):
     return next(int(text.partition("=")[2]) for text in variables if text.startswith("MOEJAX_PROCESS_ID="))
 
 
+def has_state(pid, state):
+    """Whether a process is in a state such as T (stopped); one that is not there is a zombie (Z)."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == state
+    except (FileNotFoundError, ProcessLookupError):
+        return state == "Z"
+
+
 def is_gone(pid):
     """Whether a process has ended, even if nobody has asked how."""
-    try:
-        state = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-    return state == "Z"
+    return has_state(pid, "Z")
+
+
+def wait_until(is_so, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

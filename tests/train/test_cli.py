@@ -175,6 +175,19 @@ def test_a_bug_shows_its_traceback(monkeypatch):
         main(["train", "quickstart"])
 
 
+def test_a_warning_that_the_user_makes_an_error_is_one_line(capsys, monkeypatch):
+    def train(config, name):
+        raise UserWarning("slow\nhere")
+
+    monkeypatch.setitem(sys.modules, "train.loop", types.SimpleNamespace(train=train))
+    monkeypatch.setattr(sys, "warnoptions", ["error"])
+    message = refused(capsys, ["train", "quickstart"])
+    assert message.startswith("PYTHONWARNINGS = error: makes an error of a warning: slow here; unset it")
+    monkeypatch.setattr(sys, "warnoptions", [])
+    with pytest.raises(UserWarning):
+        main(["train", "quickstart"])
+
+
 def test_eval_prints_the_loss(capsys, monkeypatch, run_directory):
     module = types.SimpleNamespace(evaluate_run=lambda run: {"run": (1.23456, 4321)}[run])
     monkeypatch.setitem(sys.modules, "train.evaluate", module)

@@ -1,4 +1,5 @@
 import dataclasses
+import importlib.metadata
 import os
 import sys
 
@@ -14,9 +15,11 @@ from train.config_io import (
     find_config,
     load_config,
     load_python,
+    naming_versions,
     refuse_other_run,
     save_config,
     shipped_names,
+    version_in,
     with_absolute_paths,
 )
 from train.errors import ConfigError
@@ -208,3 +211,34 @@ def test_checkpoints_of_an_unknown_config_are_not_gone_on_with(tmp_path):
         earlier_config(tmp_path)
     save_config(dataclasses.replace(TrainConfig(), steps=7, workdir="somewhere"), tmp_path / "config.yaml")
     assert earlier_config(tmp_path) == TrainConfig(steps=7), "where it lay is not part of it"
+
+
+def test_a_saved_config_says_which_version_wrote_it(tmp_path):
+    path = tmp_path / "config.yaml"
+    save_config(TrainConfig(steps=3), path)
+    ours = importlib.metadata.version("moejax")
+    assert path.read_text().startswith(f"moejax: {ours}\nsteps: 3\n")
+    written = path.read_text()
+    path.write_text(written.replace(ours, "9.1.2", 1))
+    assert load_config(path) == TrainConfig(steps=3), "another version whose fields are known is read"
+    for change in (
+        ("steps: 3", "stepz: 3"),
+        ("precision: f32", "precision: f4"),
+        ("name: adamw", "name: lion"),
+    ):
+        path.write_text(written.replace(*change))
+        with pytest.raises(ConfigError) as caught:
+            load_config(path)
+        assert "moejax" not in str(caught.value)
+        path.write_text(written.replace(ours, "9.1.2", 1).replace(*change))
+        with pytest.raises(ConfigError) as another:
+            load_config(path)
+        end = f"; moejax 9.1.2 wrote {path}, here is moejax {ours}: use that version, or correct the file"
+        assert str(another.value) == str(caught.value) + end
+    assert version_in(path) == "9.1.2"
+    with pytest.raises(ConfigError, match=r"^RUN = x: is odd; moejax 9\.1\.2 wrote "):  # so does a report
+        with naming_versions(version_in(path), path):
+            raise ConfigError("RUN", "x", "is odd")
+    path.write_text("steps: 3\n")
+    assert version_in(path) is None
+    assert load_config(path) == TrainConfig(steps=3), "by hand, or by a version that did not say so"

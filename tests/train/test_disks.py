@@ -58,7 +58,7 @@ write = checkpoint.write_manifest
 checkpoint.write_manifest = lambda *arguments: time.sleep(2) or write(*arguments)
 
 """
-# Orbax counts a write's time by this clock and gives it up after ten minutes: then the run ends with an error.
+# Orbax counts a write's time by this clock: what its threads say to each other it gives up after ten minutes.
 JUMPING = """
 import itertools
 import time

@@ -1,5 +1,6 @@
 """Whole runs: what they write, how they resume, and how they end when something goes wrong."""
 
+import datetime
 import errno
 import re
 import shutil
@@ -317,3 +318,23 @@ def test_a_run_that_begins_anew_in_a_used_workdir_says_so(run):
 def test_without_a_period_only_the_last_step_is_kept(run):
     assert run("--steps", 3, "--checkpoint.every", 0) == 0
     assert [path.name for path in (run.workdir / "checkpoints").iterdir()] == ["3"]
+
+
+@pytest.mark.slow
+def test_runs_of_the_same_second_do_not_share_a_directory(run, tmp_path, monkeypatch):
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls):
+            return cls(2026, 1, 2, 3, 4, 5)
+
+    monkeypatch.setattr("train.workdir.datetime", Clock)
+    monkeypatch.chdir(tmp_path)
+    for seed in ("0", "1"):
+        assert cli.main(["train", str(run.config), "--steps", "1", "--seed", seed]) == 0
+    names = ["small-20260102-030405", "small-20260102-030405-2"]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == names
+    for seed, name in enumerate(names):
+        assert load_config(tmp_path / "runs" / name / "config.yaml").seed == seed
+        assert [line["step"] for line in small.read_metrics(tmp_path / "runs" / name) if "loss" in line] == [
+            1
+        ]

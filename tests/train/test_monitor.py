@@ -124,7 +124,7 @@ class TestMonitor:
 
     def test_own_times_win_and_pauses_do_not_count(self, tmp_path, monkeypatch):
         now = [100.0]
-        monkeypatch.setattr("train.monitor.time.perf_counter", lambda: now[0])
+        monkeypatch.setattr("train.monitor.clock.now", lambda: now[0])
         with make_monitor(tmp_path, Screen()) as monitor:
             now[0] += 4.0
             with monitor.paused():

@@ -12,7 +12,7 @@ import pytest
 
 from tests import tolerance
 from tests.train import launching, small
-from tests.train.launching import children, is_gone, run, start, wait_for_step
+from tests.train.launching import children, has_state, is_gone, run, start, wait_for_step, wait_until
 from train import joining, launch, processes
 from train.config import MeshConfig
 from train.errors import ConfigError, TrainingFailed
@@ -141,6 +141,17 @@ def test_a_coordinator_out_of_reach_is_named(monkeypatch):
         ConfigError, match=r"^--coordinator = 127.0.0.1:1: process 1 could not reach it .*refused"
     ):
         joining.join({"coordinator": "127.0.0.1:1", "processes": "2", "process_id": "1"})
+
+
+def test_under_launch_a_suspended_process_is_not_taken_for_lost(monkeypatch):
+    seconds = []
+    start = lambda *_, heartbeat_timeout_seconds, **__: seconds.append(heartbeat_timeout_seconds)  # noqa: E731
+    monkeypatch.setattr(joining.jax.distributed, "initialize", start)
+    monkeypatch.setattr(joining, "_end_with", lambda launcher: None)
+    place = {"MOEJAX_COORDINATOR": "h:1", "MOEJAX_PROCESSES": "2", "MOEJAX_PROCESS_ID": "0"}
+    joining.join({}, place)
+    joining.join({}, place | {"MOEJAX_LAUNCHER": "1"})
+    assert seconds == [30, 7 * 24 * 3600]
 
 
 @pytest.fixture
@@ -292,6 +303,11 @@ def test_the_second_signal_ends_a_launched_run_at_once(tmp_path, number):
     process = start("-c", LAUNCHED, program, tmp_path / "run", command=[sys.executable])
     assert process.stdout.readline() == "ready\n", "what Gloo says is left out"
     workers = children(process)
+    suspended = lambda: [has_state(pid, "T") for pid in (process.pid, *workers)]  # noqa: E731
+    process.send_signal(signal.SIGTSTP)
+    wait_until(lambda: all(suspended()))
+    process.send_signal(signal.SIGCONT)
+    wait_until(lambda: not any(suspended()))
     process.send_signal(number)
     assert "the same again stops at once" in process.stdout.readline()
     assert process.stdout.readline() == "asked\n"

@@ -66,6 +66,17 @@ def test_a_workdir_that_cannot_be_locked_is_bad_input(run, capsys):
     assert [path.name for path in run.workdir.iterdir()] == [".lock"]
 
 
+def test_a_workdir_that_cannot_hold_a_checkpoint_is_bad_input(run, capsys):
+    run.workdir.mkdir()
+    (run.workdir / "checkpoints").write_text("mine")
+    assert run() == 2
+    error = capsys.readouterr().err
+    where = run.workdir / "checkpoints"
+    assert error.startswith(f"error: workdir = {run.workdir}: cannot hold a checkpoint: {where}")
+    assert error.endswith(": Not a directory\n") and error.count("\n") == 1
+    assert sorted(path.name for path in run.workdir.iterdir()) == [".lock", "checkpoints"]
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [

@@ -10,7 +10,9 @@ import numpy as np
 import tokenizers
 
 from train.data.documents import Document
+from train.data.pieces import Pieces
 from train.data.tokenizer import TOKENIZER_FILE, StreamDecoder, Tokenizer
+from train.errors import ConfigError
 
 CONFIG_FILE = "tokenizer_config.json"
 # End-of-text tokens of the tokenizers in use, looked for where no tokenizer_config.json names one.
@@ -31,16 +33,18 @@ _MOST_HELD_BACK = 32
 class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizer.json`; the separator is its end-of-text token, or else one id after its last."""
 
-    def __init__(self, content: str, end_token: str | None = None):
+    def __init__(self, content: str, end_token: str | None = None, name: str = TOKENIZER_FILE):
         """Builds the tokenizer.
 
         Args:
           content: the text of a `tokenizer.json`.
           end_token: the end-of-text token, where known.
+          name: the file, for errors.
 
         Raises:
           ValueError: the content is not a tokenizer.
         """
+        self.name = name
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content)
         except Exception as error:  # the library raises bare Exception
@@ -48,11 +52,16 @@ class HuggingFaceTokenizer(Tokenizer):
         # What a serving set-up left in the file must not cut or fill the training text.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        # Text is text: where it spells a special token it must not end a document.
+        self._tokenizer.encode_special_tokens = True
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         self.num_ids = max(ids.values(), default=-1) + 1
         self.end_token = next((token for token in (end_token, *_END_TOKENS) if token in ids), None)
         self.separator = ids[self.end_token] if self.end_token is not None else self.num_ids
+        if self.end_token is not None:
+            self._tokenizer.add_special_tokens([self.end_token])
         self.vocab_size = max(self.num_ids, self.separator + 1)
+        self._pieces = Pieces.of(json.loads(content), self._tokenizer)
 
     @classmethod
     def from_file(cls, path: Path) -> HuggingFaceTokenizer:
@@ -62,17 +71,34 @@ class HuggingFaceTokenizer(Tokenizer):
         if config.is_file():
             end_token = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
             end_token = end_token.get("content") if isinstance(end_token, dict) else end_token
-        return cls(path.read_text(encoding="utf-8"), end_token)
+        return cls(path.read_text(encoding="utf-8"), end_token, str(path))
 
     def encode(self, text: str) -> np.ndarray:
         """[tokens] int32, without the special tokens a post-processor would add."""
-        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        ids = np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        self._refuse_lost("the text", text, ids)
+        return ids
 
     def encode_documents(self, documents: Sequence[Document]) -> list[np.ndarray]:
         """All documents at once, on all cores."""
         texts = [document.text() for document in documents]
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
+        everything = [np.asarray(encoding.ids, np.int32) for encoding in encodings]
+        for document, text, ids in zip(documents, texts, everything, strict=True):
+            self._refuse_lost(document.name, text, ids)
+        return everything
+
+    def _refuse_lost(self, name: str, text: str, ids: np.ndarray) -> None:
+        """A ConfigError where the ids of a text would not give the text back."""
+        if self.end_token is not None and (ids == self.separator).any():
+            rule = f"{name} holds {self.end_token} as text, which this tokenizer cannot tell from the end of a document"
+            raise ConfigError("data.tokenizer", self.end_token, rule)
+        if self._pieces is not None and (character := self._pieces.first_unknown(text)) is not None:
+            rule = (
+                f"has no token for {character!r} (U+{ord(character):04X}), at place {text.index(character)} of "
+                f"{name}, and no unknown token; it would be lost. data.tokenizer = bytes encodes any text"
+            )
+            raise ConfigError("data.tokenizer", self.name, rule)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids, special tokens other than the separator spelled out."""

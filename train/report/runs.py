@@ -11,7 +11,7 @@ import numpy as np
 
 from train import metrics
 from train.config import TrainConfig
-from train.config_io import load_config
+from train.config_io import load_config, naming_versions, version_in
 from train.errors import ConfigError
 
 
@@ -62,12 +62,13 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
     """
     path = Path(directory)
     try:
-        lines = list(metrics.read(path / metrics.FILE_NAME))
+        config = path / "config.yaml"
+        with naming_versions(version_in(config), path / metrics.FILE_NAME):
+            lines = list(metrics.read(path / metrics.FILE_NAME))
     except OSError as error:
         raise ConfigError("RUN", directory, f"its metrics.jsonl cannot be read: {error.strerror}") from error
     steps = [line for line in lines if "loss" in line]
     if not steps:
         raise ConfigError("RUN", directory, "has logged no step yet")
     evaluations = [line for line in lines if "eval/loss" in line]
-    config = load_config(path / "config.yaml")
-    return Run(path.resolve().name, path, config, steps, evaluations)
+    return Run(path.resolve().name, path, load_config(config), steps, evaluations)

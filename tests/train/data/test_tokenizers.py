@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from train.config import DataConfig
 from train.data import build_tokenizer, load_corpus, load_tokenizer
 from train.data.documents import Document
+from train.data.huggingface import HuggingFaceTokenizer
 from train.data.tokenizer import ByteTokenizer, CharTokenizer
 from train.errors import ConfigError
 
@@ -239,3 +240,73 @@ def test_char_over_tokens_is_refused(tmp_path):
     np.save(tmp_path / "a.npy", np.arange(10))
     with pytest.raises(ConfigError, match=r"^data.tokenizer = char: needs text"):
         build_tokenizer(DataConfig(path=str(tmp_path / "a.npy"), tokenizer="char"))
+
+
+def small_bpe(pre_tokenizer, alphabet=(), **model):
+    """A BPE over the characters of a few words; it knows no others."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(**model))
+    tokenizer.pre_tokenizer = pre_tokenizer
+    special = ["</s>", *([model["unk_token"]] if "unk_token" in model else [])]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, show_progress=False, initial_alphabet=list(alphabet)
+    )
+    tokenizer.train_from_iterator(["to be or not to be"], trainer)
+    return HuggingFaceTokenizer(tokenizer.to_str())
+
+
+PRE = tokenizers.pre_tokenizers
+BYTES = PRE.ByteLevel.alphabet()
+
+
+class TestNothingIsLost:
+    @pytest.mark.parametrize("pre_tokenizer", [PRE.Whitespace(), PRE.Metaspace(), PRE.ByteLevel()])
+    def test_a_character_without_a_token_is_refused(self, pre_tokenizer):
+        tokenizer = small_bpe(pre_tokenizer)
+        assert len(tokenizer.encode("not to be")) > 0
+        rule = r"has no token for 'é' \(U\+00E9\), at place 3 of the text, and no unknown token; it would be lost"
+        with pytest.raises(ConfigError, match=f"^data.tokenizer = tokenizer.json: {rule}"):
+            tokenizer.encode("to é")
+        documents = [
+            Document("data.path", f"f.jsonl line {n}", text.encode()) for n, text in ((1, "to"), (2, "bé"))
+        ]
+        with pytest.raises(ConfigError, match=r"'é' \(U\+00E9\), at place 1 of f\.jsonl line 2, and"):
+            tokenizer.encode_documents(documents)
+
+    def test_where_nothing_can_be_lost_nothing_is_looked_at(self):
+        assert small_bpe(PRE.ByteLevel(), BYTES)._pieces is None
+        assert small_bpe(PRE.Whitespace(), unk_token="<unk>")._pieces is None
+        assert small_bpe(PRE.ByteLevel(), BYTES[:-1])._pieces is not None
+        assert small_bpe(PRE.Whitespace(), byte_fallback=True)._pieces is None
+
+    @given(text=st.text(st.sampled_from("to be</s>éࠀ漢🙂\u07ff\U0010ffff\x00\n")))
+    def test_what_is_encoded_comes_back(self, text):
+        tokenizer = WHOLE
+        assert tokenizer.separator not in tokenizer.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+    def test_special_tokens_in_text_are_text(self):
+        tokenizer = HuggingFaceTokenizer(byte_level(("<|endoftext|>", "<|pad|>", "</s>")).to_str(), "</s>")
+        text = "def</s><|pad|><|endoftext|>"
+        [ids] = tokenizer.encode_documents([Document("data.path", "f", text.encode())])
+        assert list(ids) == list(tokenizer.encode(text)) and ids.min() > 2, "no special token"
+        assert tokenizer.decode(ids) == text
+
+    def test_an_end_token_that_is_a_plain_one_is_text_too(self):
+        plain = byte_level(())
+        plain.add_tokens(["</s>", "<think>"])
+        tokenizer = HuggingFaceTokenizer(plain.to_str())
+        ids = tokenizer.encode("</s><think>")
+        assert tokenizer.end_token == "</s>" and tokenizer.separator not in ids
+        assert plain.token_to_id("<think>") in ids, "an added token that is not special"
+
+    def test_an_end_token_that_cannot_be_told_from_text_is_refused(self):
+        words = tokenizers.models.WordLevel({"</s>": 0, "<unk>": 1, "to": 2}, unk_token="<unk>")
+        plain = tokenizers.Tokenizer(words)
+        plain.pre_tokenizer = PRE.WhitespaceSplit()
+        tokenizer = HuggingFaceTokenizer(plain.to_str())
+        assert list(tokenizer.encode("to x")) == [2, 1]
+        with pytest.raises(ConfigError, match=r"^data.tokenizer = </s>: the text holds </s> as text, which"):
+            tokenizer.encode("to </s> to")
+
+
+WHOLE = HuggingFaceTokenizer(byte_level(("</s>",)).to_str())

@@ -1,0 +1,41 @@
+"""Where the command `moejax` and its worker processes begin: with moejax's own packages, whatever else is called so.
+
+A project's folder often holds a `train.py` or a folder `configs`. With PYTHONPATH=. Python would import those in the
+place of ours. The name of this package is one that no project has.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+
+PACKAGES = ("configs", "train", "moejax", "custom_ops")
+FOLDER = pathlib.Path(__file__).resolve().parent.parent
+
+
+class OwnPackages(MetaPathFinder):
+    """Finds moejax's packages beside this one."""
+
+    @staticmethod
+    def find_spec(
+        name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The spec of one of `PACKAGES`; None for everything else, which others find."""
+        return PathFinder.find_spec(name, [str(FOLDER)], target) if name in PACKAGES else None
+
+
+def main() -> int:
+    """Run the command line of this process and return its exit code."""
+    # Behind the finder of an editable installation, which also knows where the native ops were built.
+    sys.meta_path.insert(sys.meta_path.index(PathFinder), OwnPackages)
+    from train.cli import main as run
+
+    return run()
+
+
+if __name__ == "__main__":  # how `moejax launch` starts its workers
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""Time asleep is no time at work, wherever time is measured."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+
+from train import checkpoint, clock, monitor
+from train.checkpoint import Checkpoints
+from train.clock import ASLEEP_SECONDS, TICK_SECONDS, Clock, unless_done_within
+from train.config import CheckpointConfig, LogConfig
+from train.metrics import read
+from train.terminal import Pace
+from train.watchdog import Watchdog
+
+
+@pytest.fixture
+def system(monkeypatch):
+    """`system.pass_by(seconds)` while this process works, `system.now += seconds` while it is suspended."""
+
+    class System:
+        now = 1000.0
+
+        def pass_by(self, seconds):
+            for _ in range(round(seconds / TICK_SECONDS)):
+                self.now += TICK_SECONDS
+                clock.now()
+
+    made = System()
+    awake = Clock(lambda: made.now)
+    monkeypatch.setattr(clock, "_of_this_process", lambda: awake)
+    return made
+
+
+def test_a_gap_counts_as_one_tick(system):
+    began = clock.now()
+    system.pass_by(20)
+    assert clock.now() - began == 20
+    system.now += 3600
+    assert clock.now() - began == 20 + TICK_SECONDS
+    system.now += ASLEEP_SECONDS
+    assert clock.now() - began == 20 + TICK_SECONDS + ASLEEP_SECONDS, "a short wait is work"
+
+
+def test_no_one_counts_the_time_asleep(system, tmp_path):
+    """The watchdog's limit and waiting time, steps' seconds, time left, minutes between checkpoints."""
+    log = LogConfig(tensorboard=False, every=1)
+    config = CheckpointConfig(every_minutes=1)
+    with (
+        Checkpoints(tmp_path / "checkpoints", config) as checkpoints,
+        open(os.devnull, "w") as nowhere,
+        monitor.Monitor(
+            tmp_path, log, total_steps=8, start_step=0, tokens_per_step=1, stream=nowhere
+        ) as shown,
+    ):
+        dog, pace = Watchdog(tmp_path, factor=10, seconds=30), Pace(8, clock.now)
+        dog.finished(0)
+        pace.remaining(0)
+        for step in range(1, 5):
+            dog.begun(step)
+            system.pass_by(4)
+            system.now += 7200 if step > 1 else 0
+            dog.finished(step)
+            shown.train(step, {})
+            left = pace.remaining(step)
+        assert not checkpoints.is_late(), "16 s of work and 3 ticks"
+        system.pass_by(60)
+        assert checkpoints.is_late()
+    assert list(dog._times) == [4, 5, 5, 5] and dog.limit() == 50
+    assert left == "0:19"
+    assert [line["step_seconds"] for line in read(tmp_path / "metrics.jsonl")] == [4, 5, 5, 5]
+
+
+def test_a_write_may_be_suspended_for_hours(monkeypatch, tmp_path):
+    seconds = []
+    made = types.SimpleNamespace(close=lambda: None)
+    orbax = lambda _, timeout_secs: seconds.append(timeout_secs) or made  # noqa: E731
+    monkeypatch.setattr(checkpoint.ocp, "AsyncCheckpointer", orbax)
+    with Checkpoints(tmp_path, CheckpointConfig()):
+        pass
+    assert seconds == [24 * 3600], "by the clock on the wall"
+
+
+def test_patience_ends_by_itself_and_with_the_block():
+    said = []
+    with unless_done_within(0.01, lambda: said.append("late")):
+        while not said:
+            time.sleep(0.01)
+    with unless_done_within(0.05, lambda: said.append("never")):
+        pass
+    time.sleep(0.1)
+    assert said == ["late"]
+
+
+SUSPENDED = """
+import pathlib, sys, time
+from train import clock
+from train.watchdog import Watchdog
+clock.TICK_SECONDS, clock.ASLEEP_SECONDS = 0.1, 0.5
+with Watchdog(pathlib.Path(sys.argv[1]), factor=2.0, seconds=1.0) as dog:
+    for step in range(1, 60):
+        dog.begun(step)
+        time.sleep(0.05)
+        dog.finished(step)
+        if step == 10:
+            print("steps come", flush=True)
+print("steps went on")
+"""
+
+
+def test_a_run_that_was_suspended_goes_on(tmp_path):
+    line = [sys.executable, "-c", SUSPENDED, tmp_path]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout.readline() == "steps come\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(2.5)
+        process.send_signal(signal.SIGCONT)
+        assert process.communicate()[0] == "steps went on\n"
+    assert process.returncode == 0

@@ -1,0 +1,84 @@
+"""A run's directory: one run each, and found out before the first step whether it can hold a checkpoint."""
+
+import collections
+import pathlib
+import resource
+
+import pytest
+
+from train.errors import ConfigError
+from train.workdir import Workdir
+
+Usage = collections.namedtuple("Usage", "free")
+
+
+def made(folder):
+    workdir = Workdir(str(folder), "x")
+    workdir.make()
+    return workdir
+
+
+def refused(workdir, state_bytes=10):
+    with pytest.raises(ConfigError) as caught:
+        workdir.require_room(state_bytes, 12)
+    assert caught.value.field == "workdir"
+    return caught.value.rule
+
+
+def test_runs_of_the_same_second_get_a_directory_each(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    workdirs = [Workdir(None, "x") for _ in range(3)]
+    for workdir in workdirs:
+        workdir.path = pathlib.Path("runs/x-now")
+        assert workdir.is_new
+        workdir.make()
+        assert not workdir.is_new, "the next attempt of a run goes on in it"
+        workdir.make()
+    names = ["runs/x-now", "runs/x-now-2", "runs/x-now-3"]
+    assert [str(workdir.path) for workdir in workdirs] == names
+    assert all(pathlib.Path(name).is_dir() for name in names)
+
+
+def test_a_directory_that_the_user_names_may_be_there(tmp_path):
+    assert not Workdir(str(tmp_path), "x").is_new
+    assert made(tmp_path).path == tmp_path
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be created: Not a directory"):
+        Workdir(str(tmp_path / "file" / "below"), "x").make()
+
+
+def test_a_checkpoint_fits_and_nothing_is_left_of_the_trial(tmp_path):
+    workdir = made(tmp_path / "a" / "b")
+    workdir.require_room(1000, 12)
+    assert list(workdir.path.iterdir()) == []
+    (workdir.path / "checkpoints" / "3").mkdir(parents=True)
+    workdir.require_room(1000, 12)
+    assert [path.name for path in workdir.path.rglob("*")] == ["checkpoints", "3"]
+
+
+def test_no_room(tmp_path, monkeypatch):
+    workdir = made(tmp_path / "a" / "b")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(free=2_000_000))
+    workdir.require_room(2_000_000, 12)
+    assert refused(workdir, 2_500_000) == (
+        "has no room for a checkpoint of 2.5 MB on its disk, free are only 2.0 MB"
+    )
+    assert list(tmp_path.iterdir()) == [], "what was made for it is gone"
+    workdir = made(tmp_path / "c")
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 1024))
+    assert "(ulimit -f), which is 0.0 MB" in refused(workdir, 1_000_000)
+
+
+def test_a_file_in_the_way(tmp_path):
+    workdir = made(tmp_path / "a")
+    (workdir.path / "checkpoints").write_text("mine")
+    assert refused(workdir).startswith(f"cannot hold a checkpoint: {workdir.path / 'checkpoints'}")
+    assert (workdir.path / "checkpoints").read_text() == "mine"
+
+
+def test_a_path_that_is_too_long_for_what_comes_below_it(tmp_path):
+    folder = tmp_path
+    while len(str(folder)) < 4000:
+        folder = folder / ("d" * min(200, 4020 - len(str(folder))))
+    assert refused(made(folder)).endswith(": File name too long")
+    assert list(tmp_path.iterdir()) == []
