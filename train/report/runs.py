@@ -61,10 +61,7 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
       ConfigError: no training step has been logged yet.
     """
     path = Path(directory)
-    try:
-        lines = list(metrics.read(path / metrics.FILE_NAME))
-    except OSError as error:
-        raise ConfigError("RUN", directory, f"its metrics.jsonl cannot be read: {error.strerror}") from error
+    lines = list(metrics.read(path / metrics.FILE_NAME))
     steps = [line for line in lines if "loss" in line]
     if not steps:
         raise ConfigError("RUN", directory, "has logged no step yet")

@@ -245,7 +245,7 @@ class TestErrors:
             (b"{oops", r"line 3: is not JSON"),
             (b"[" * 100_000, r"line 3: is not JSON"),
             (b"[1]", r"line 3: must be a JSON object, is list"),
-            (b'{"text": "\xff"}', r"line 3: invalid UTF-8 at byte 10"),
+            (b'{"text": "\xff"}', r"line 3: is not JSON: invalid UTF-8 at byte 10"),
             (b'{"text": "\\ud800"}', r"line 3: half a surrogate pair"),
             (b'{"body": "a", "id": 1}', r"^data.text_field = text: is not in .*line 3, which has: body, id"),
             (b'{"text": null}', r"^data.text_field = text: must be a string in .*line 3, is NoneType"),
