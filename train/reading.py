@@ -66,5 +66,7 @@ def reason(error: BaseException) -> str:
         return "it is nested too deeply"
     if isinstance(error, UnicodeDecodeError):
         return f"invalid UTF-8 at byte {error.start}"
+    if isinstance(error, KeyError):
+        return one_line(f"it has no {error}", _LONGEST)
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return one_line(text.strip().partition("\n")[0], _LONGEST) if text.strip() else type(error).__name__

@@ -14,6 +14,7 @@ from train.config import DataConfig, TrainConfig
 from train.config_io import load_config, save_config
 from train.data import build_tokenizer, load_corpus
 from train.data.tokenizer import ByteTokenizer
+from train.errors import ConfigError
 from train.inputs import read_began
 from train.integrity import MANIFEST, find_fault, find_strays, hash_lines, write_manifest
 from train.metrics import Metrics
@@ -75,11 +76,11 @@ def _parquet_seeds() -> list[bytes]:
 
 def _npy_seeds() -> list[bytes]:
     arrays = [
-        *(np.arange(200, dtype=dtype) % 256 for dtype in ("<u2", ">u4", "i8", "f4", "u1", "?")),
+        *(np.arange(200).astype(dtype) for dtype in ("<u2", ">u4", "i8", "f4", "u1", "?")),
         *(np.zeros((4, 50), np.uint16), np.zeros(0, np.uint16), np.array(3), np.zeros(9, "u2,f4")),
     ]
     seeds = []
-    for save, values in [(np.save, arrays), (np.savez, arrays[:1])]:
+    for save, values in [(np.save, arrays + 3 * arrays[:3]), (np.savez, arrays[:1])]:
         for array in values:
             buffer = io.BytesIO()
             save(buffer, array)  # type: ignore[operator]
@@ -100,8 +101,10 @@ def _tokenizer_seeds() -> tuple[bytes, ...]:
     trainer = tk.trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "</s>"], show_progress=False)
     trained.train_from_iterator([TEXT], trainer)
     by_word = tk.Tokenizer(tk.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    by_word.pre_tokenizer = tk.pre_tokenizers.Whitespace()
-    pieces = tk.Tokenizer(tk.models.WordPiece({"[UNK]": 0} | {c: i + 1 for i, c in enumerate(letters)}))
+    by_word.pre_tokenizer = tk.pre_tokenizers.WhitespaceSplit()
+    parts = [*letters, *(f"##{letter}" for letter in letters)]
+    pieces = tk.Tokenizer(tk.models.WordPiece({"[UNK]": 0} | {part: i + 1 for i, part in enumerate(parts)}))
+    pieces.pre_tokenizer = tk.pre_tokenizers.BertPreTokenizer()
     pieces.normalizer = tk.normalizers.Sequence([tk.normalizers.NFKC(), tk.normalizers.Lowercase()])
     pieces.post_processor = tk.processors.TemplateProcessing("[UNK] $A", special_tokens=[("[UNK]", 0)])
     unigram = tk.Tokenizer(tk.models.Unigram([("<unk>", 0.0), *((c, -2.0) for c in letters)], 0, True))
@@ -179,14 +182,15 @@ def _manifest_seed() -> bytes:
 
 
 def _read_manifest(path: Path) -> object:
-    fault = find_fault(path.parent)
-    assert fault is None or isinstance(fault, str)
-    assert fault or path.read_bytes() == _manifest_seed() or _is_old(path), "damage was not noticed"
-    return fault, find_strays(path.parent)
+    strays, fault = find_strays(path.parent), find_fault(path.parent)
+    if fault is not None:
+        raise ConfigError("workdir", path, fault)  # as a run does whose checkpoints are all like this one
+    assert _is_whole(path), "damage was not noticed"
+    return strays
 
 
-def _is_old(path: Path) -> bool:
-    """Whether it is as older versions wrote it, or says the same in another order."""
+def _is_whole(path: Path) -> bool:
+    """Whether it has every line, but for the last one, which older versions did not write."""
     return {*path.read_bytes().splitlines()} >= {*_manifest_seed().splitlines()[:-1]}
 
 
@@ -202,7 +206,9 @@ def _record_seeds() -> list[bytes]:
 
 
 def _read_record(path: Path) -> object:
-    return read_began(path.parents[2])
+    if (began := read_began(path.parents[2])) is None:
+        raise ConfigError("workdir", path, "has no record")  # as a run does that goes on all the same
+    return began
 
 
 def _with_config(folder: Path) -> None:
@@ -215,7 +221,7 @@ READERS = {
     "npy": Reader("data.npy", _npy_seeds, _corpus),
     "bin": Reader("data.bin", lambda: [(np.arange(300) % 257).astype("<u2").tobytes()], _corpus),
     "text": Reader(
-        "data.txt", lambda: [TEXT.encode(), "é漢🙂 ".encode() * 9], lambda path: _corpus(path, "char")
+        "data.txt", lambda: [TEXT.encode(), "é漢🙂 ".encode() * 40], lambda path: _corpus(path, "char")
     ),
     "tokenizer": Reader(
         "tokenizer.json", lambda: [*_tokenizer_seeds()], _read_tokenizer, "json", _prepare_tokenizer

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import logging
 import random
 import resource
 import signal
@@ -12,6 +13,7 @@ import tempfile
 import traceback
 import warnings
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from tests.fuzz.mutate import mutate
@@ -20,6 +22,7 @@ from train.errors import ConfigError
 
 SECONDS = 20  # of one input; a reader takes milliseconds
 MEMORY = 8 << 30  # bytes of address space
+TOO_MANY = 200  # findings after which a reader is left
 LONGEST = 2000  # characters of an error's line
 
 
@@ -33,9 +36,13 @@ class Outcome:
 
 
 def damaged(name: str, number: int) -> bytes:
-    """The input with this number: the same on every machine."""
-    reader = READERS[name]
-    return mutate(random.Random(f"{name}-{number}"), reader.seeds(), reader.structure)
+    """The input with this number, always the same."""
+    return mutate(random.Random(f"{name}-{number}"), _seeds(name), READERS[name].structure)
+
+
+@cache
+def _seeds(name: str) -> list[bytes]:
+    return READERS[name].seeds()
 
 
 def attempt(name: str, number: int, folder: Path) -> str | None:
@@ -82,6 +89,7 @@ def fuzz_here(name: str, first: int, last: int, report=lambda number, result: No
 
 def worker(name: str, first: int, last: int) -> None:
     """The same, with limits of time and memory; writes a line of JSON before and after each input."""
+    logging.getLogger("moejax").setLevel(logging.ERROR)  # "does not look like text"
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     lines = sys.stdout
     print(json.dumps([first, "begun"]), flush=True, file=lines)
@@ -99,7 +107,7 @@ def worker(name: str, first: int, last: int) -> None:
 def fuzz(name: str, inputs: int, first: int = 0) -> Outcome:
     """Read `inputs` damaged files in processes of their own; one that dies is a finding, and the next goes on."""
     outcome, number, last = Outcome(), first, first + inputs
-    while number < last:
+    while number < last and len(outcome.findings) < TOO_MANY:
         command = [sys.executable, "-m", "tests.fuzz", "--worker", name, str(number), str(last)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None and process.stderr is not None
