@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from train.config import TrainConfig
 from train.errors import ConfigError, OthersLost, TrainingFailed
 from train.fields import convert, nearest, override, shown
+from train.reading import beside
 
 MAX_CPU_DEVICES = 4096
 
@@ -215,7 +215,7 @@ def _doctor(argument: str, options: Mapping[str, str]) -> int:
 def _check_run_directory(argument: str) -> None:
     if os.path.isfile(os.path.join(argument, "config.yaml")):
         return
-    runs = [str(path.parent) for path in pathlib.Path(argument).parent.glob("*/config.yaml")]
+    runs = [os.path.dirname(config) for config in beside(argument, "*/config.yaml")]
     rule = "no such run directory"
     if os.path.isdir(argument):
         rule = "is not a run directory, for it has no config.yaml"

@@ -17,7 +17,7 @@ from train.checkpoint_files import checkpoint_steps
 from train.config import TrainConfig
 from train.errors import ConfigError
 from train.fields import build, flatten, nearest, shown
-from train.reading import reading, regular
+from train.reading import beside, reading, regular
 from train.writing import replace_text
 
 # `configs` lies beside `train`, in a checkout as in an installed wheel. Asking the import system for the name
@@ -196,10 +196,9 @@ def _why_not_found(path: pathlib.Path) -> str:
         return "must be a .py file, a .yaml file, or the name of a shipped config"
     if os.path.isdir(path):
         return "is a folder; must be a .py file, a .yaml file, or the name of a shipped config"
-    folder = path.parent
-    beside = [str(other) for pattern in ("*.py", "*.yaml", "*.yml") for other in folder.glob(pattern)]
+    files = beside(path, "*.py", "*.yaml", "*.yml")
     known = shipped_names() + [
-        other for other in beside if not pathlib.Path(other).stem.startswith(("_", "."))
+        other for other in files if not pathlib.Path(other).stem.startswith(("_", "."))
     ]
     return f"no such config file{nearest(str(path), known)}"
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import stat
 from collections.abc import Iterator
+from pathlib import Path
 
 from train.errors import ConfigError, RunError, one_line
 
@@ -58,6 +59,14 @@ def regular(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
     if mode != stat.S_IFREG:
         raise OSError(0, _KINDS.get(mode, "not a file"))
     return path
+
+
+def beside(path: str | os.PathLike[str], *patterns: str) -> list[str]:
+    """What lies in the folder of a file that was not found; nothing where that cannot be looked at."""
+    with contextlib.suppress(OSError, ValueError):
+        folder = Path(path).parent
+        return [str(found) for pattern in patterns for found in folder.glob(pattern)]
+    return []
 
 
 def reason(error: BaseException) -> str:
