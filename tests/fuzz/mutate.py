@@ -1,5 +1,6 @@
 """Damage to valid files: blind (bits, cuts, splices) and, for JSON and YAML, of their structure."""
 
+import copy
 import json
 import random
 
@@ -58,7 +59,23 @@ BOMB = b"a: &a [x,x,x,x,x,x,x,x,x]\n" + b"".join(
 )
 NUMBERS = [0, 1, 127, 128, 255, 256, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1]
 VALUES = [
-    *(None, True, False, 0, -1, 1.5, 1e308, 2**31, 2**63, -(2**64), 10**400, float("nan"), float("inf")),
+    *(
+        None,
+        True,
+        False,
+        0,
+        -1,
+        1.5,
+        1e308,
+        2**24 - 2,
+        2**31 - 2,
+        2**31,
+        2**63,
+        -(2**64),
+        10**400,
+        float("nan"),
+        float("inf"),
+    ),
     *(
         "",
         "\0",
@@ -142,11 +159,11 @@ def _change_tree(rng: random.Random, tree):
     for _ in range(rng.choice([1, 1, 2, 3])):
         places = list(_places(tree))
         if not places:
-            return rng.choice(VALUES)
+            return _value(rng)
         holder, key = rng.choice(places)
         action = rng.randrange(6)
         if action <= 1:
-            holder[key] = rng.choice(VALUES)
+            holder[key] = _value(rng)
         elif action == 2:
             del holder[key]
         elif action == 3:
@@ -160,8 +177,12 @@ def _change_tree(rng: random.Random, tree):
         elif isinstance(holder, dict):
             holder[rng.choice(["", "type", str(key) + "x", "text"])] = holder.pop(key)
         else:
-            holder.insert(key, rng.choice(VALUES))
+            holder.insert(key, _value(rng))
     return tree
+
+
+def _value(rng: random.Random):
+    return copy.deepcopy(rng.choice(VALUES))
 
 
 def _places(tree):

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 
 from tests.fuzz.mutate import mutate
-from tests.fuzz.readers import READERS
+from tests.fuzz.readers import READERS, Reader
 from train.errors import ConfigError
 
 SECONDS = 20  # of one input; a reader takes milliseconds
@@ -45,16 +45,17 @@ def _seeds(name: str) -> list[bytes]:
     return READERS[name].seeds()
 
 
-def attempt(name: str, number: int, folder: Path) -> str | None:
-    """Read one input.
-
-    Returns:
-      `read`, `refused`, or what went wrong.
-    """
+def attempt(name: str, number: int, folder: Path) -> str:
+    """`read`, `refused`, or what went wrong with one input."""
     reader = READERS[name]
     path = folder / reader.name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(damaged(name, number))
+    return result_of(reader, path)
+
+
+def result_of(reader: Reader, path: Path) -> str:
+    """`read`, `refused`, or what went wrong with one file."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("default")
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -82,7 +83,7 @@ def fuzz_here(name: str, first: int, last: int, report=lambda number, result: No
             outcome.read += result == "read"
             outcome.refused += result == "refused"
             if result not in ("read", "refused"):
-                outcome.findings[number] = str(result)
+                outcome.findings[number] = result
             report(number, result)
     return outcome
 
@@ -95,7 +96,7 @@ def worker(name: str, first: int, last: int) -> None:
     print(json.dumps([first, "begun"]), flush=True, file=lines)
     signal.alarm(SECONDS)
 
-    def report(number: int, result: str | None) -> None:
+    def report(number: int, result: str) -> None:
         signal.alarm(SECONDS)  # its default action ends the process, whatever code is stuck
         lines.write(json.dumps([number, result]) + "\n")
         lines.flush()

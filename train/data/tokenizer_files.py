@@ -15,6 +15,7 @@ from train.errors import ConfigError
 from train.reading import reading, regular
 
 _FIELD = "data.tokenizer"
+MAX_VOCABULARY = 1 << 24  # far beyond any in use; the library writes every id up to the largest
 
 
 def build_tokenizer(config: DataConfig) -> Tokenizer:
@@ -74,6 +75,8 @@ def _read(path: Path, name: str) -> Tokenizer:
         if kind == "char":
             return CharTokenizer(content["characters"])
         tokenizer = HuggingFaceTokenizer.from_file(path)
+        if tokenizer.vocab_size > MAX_VOCABULARY:
+            raise ValueError(f"an id is beyond {MAX_VOCABULARY}")
         tokenizer.name = name
         return tokenizer
     raise AssertionError  # for mypy: `reading` lets nothing through
