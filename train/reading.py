@@ -61,6 +61,26 @@ def regular(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
     return path
 
 
+@contextlib.contextmanager
+def without_panics() -> Iterator[None]:
+    """Keep a library in Rust from writing its panics to standard error: they arrive as exceptions too.
+
+    Rust writes to the descriptor itself. Meanwhile nothing else reaches it, so the block should be short.
+    """
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is no standard error
+        yield
+        return
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def beside(path: str | os.PathLike[str], *patterns: str) -> list[str]:
     """What lies in the folder of a file that was not found; nothing where that cannot be looked at."""
     with contextlib.suppress(OSError, ValueError):

@@ -12,7 +12,7 @@ from train.data.huggingface import HuggingFaceTokenizer
 from train.data.sources import find_files, read_documents
 from train.data.tokenizer import KIND_KEY, TOKENIZER_FILE, ByteTokenizer, CharTokenizer, Tokenizer
 from train.errors import ConfigError
-from train.reading import reading, regular
+from train.reading import reading, regular, without_panics
 
 _FIELD = "data.tokenizer"
 MAX_VOCABULARY = 1 << 24  # far beyond any in use; the library writes every id up to the largest
@@ -74,7 +74,8 @@ def _read(path: Path, name: str) -> Tokenizer:
             return ByteTokenizer()
         if kind == "char":
             return CharTokenizer(content["characters"])
-        tokenizer = HuggingFaceTokenizer.from_file(path)
+        with without_panics():
+            tokenizer = HuggingFaceTokenizer.from_file(path)
         if tokenizer.vocab_size > MAX_VOCABULARY:
             raise ValueError(f"an id is beyond {MAX_VOCABULARY}")
         tokenizer.name = name

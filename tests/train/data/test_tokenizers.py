@@ -241,6 +241,17 @@ def test_a_tokenizer_that_has_no_token_for_the_text(tmp_path):
     assert "\n" not in str(info.value)
 
 
+def test_a_panic_of_the_library_is_one_line(tmp_path, capfd):
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]], "unk_token": None}
+    content = {"version": "1.0", "model": model | {"continuing_subword_prefix": "longer than a token"}}
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    with pytest.raises(
+        ConfigError, match=r"^data\.tokenizer = .*: is not a tokenizer\.json: range .* out of range"
+    ):
+        build_tokenizer(DataConfig(tokenizer=str(tmp_path / "t.json")))
+    assert capfd.readouterr().err == ""
+
+
 def test_ids_beyond_every_vocabulary(tmp_path):
     words = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({"the": 0, "[UNK]": 7}, unk_token="[UNK]")
