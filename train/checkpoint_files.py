@@ -17,8 +17,8 @@ def checkpoint_steps(directory: Path) -> list[int]:
     """
     if not os.path.isdir(directory):
         return []
-    steps = [int(path.name) for path in directory.iterdir() if path.name.isdecimal() and path.is_dir()]
-    return sorted(step for step in steps if (directory / str(step)).is_dir())
+    named = {path: int(path.name) for path in directory.iterdir() if path.name.isdecimal()}
+    return sorted(step for path, step in named.items() if path.name == str(step) and path.is_dir())
 
 
 def read_record(directory: Path, step: int) -> dict[str, Any]:
