@@ -1,5 +1,6 @@
 """Damage to valid files: blind (bits, cuts, splices) and, for JSON and YAML, of their structure."""
 
+import contextlib
 import copy
 import json
 import random
@@ -209,9 +210,11 @@ def _jsonl(rng: random.Random, content: bytes) -> bytes:
 
 def _yaml(rng: random.Random, content: bytes) -> bytes:
     tree = _change_tree(rng, yaml.safe_load(content))
-    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=rng.random() < 0.2).encode(
-        "utf-8", "replace"
-    )
+    with contextlib.suppress(RecursionError):  # PyYAML cannot write what is nested so deeply
+        return yaml.safe_dump(tree, sort_keys=False, default_flow_style=rng.random() < 0.2).encode(
+            "utf-8", "replace"
+        )
+    return content
 
 
 _STRUCTURAL = {"json": _json, "jsonl": _jsonl, "yaml": _yaml}

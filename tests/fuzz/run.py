@@ -110,8 +110,12 @@ def fuzz(name: str, inputs: int, first: int = 0) -> Outcome:
     outcome, number, last = Outcome(), first, first + inputs
     while number < last and len(outcome.findings) < TOO_MANY:
         command = [sys.executable, "-m", "tests.fuzz", "--worker", name, str(number), str(last)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None and process.stderr is not None
+        # What it says goes to a file: a pipe that nobody reads yet would stop it once it is full.
+        with (
+            tempfile.TemporaryFile("w+") as errors,
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+        ):
+            assert process.stdout is not None
             for line in process.stdout:
                 done, result = json.loads(line)
                 if result == "begun":
@@ -121,7 +125,9 @@ def fuzz(name: str, inputs: int, first: int = 0) -> Outcome:
                 outcome.refused += result == "refused"
                 if result not in ("read", "refused"):
                     outcome.findings[done] = result
-            said = process.stderr.read().strip()
+            process.wait()
+            errors.seek(0)
+            said = errors.read().strip()
         if said and not process.returncode:
             outcome.findings.setdefault(number, f"written to stderr: {said[-300:]}")
         if number < last:
