@@ -12,11 +12,13 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from train.errors import one_line
 from train.reading import regular
 from train.strays import is_stray
 
 MANIFEST = "manifest.sha256"
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
+_LONGEST = 200  # characters of a name in an error: that of a damaged manifest may have any length
 _THREADS = 8  # hashlib releases the interpreter lock; more threads than this wait for the disk
 
 
@@ -63,7 +65,7 @@ def find_fault(directory: Path, share: tuple[int, int] = (0, 1)) -> str | None:
         return f"{MANIFEST} is cut off"
     for name in sorted(digests):
         if not os.path.isfile(directory / name):
-            return f"{name} is missing"
+            return f"{one_line(name, _LONGEST)} is missing"
     if not is_closed and (unlisted := set(_own_files(directory)) - digests.keys()):
         return f"{min(unlisted)} is not in {MANIFEST}"
     index, count = share

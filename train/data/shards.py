@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,9 @@ def _map_npy(field: str, path: Path) -> np.ndarray:
     with reading(
         field, path, "a sound .npy file of integers: of another kind, or cut short; write it with numpy.save"
     ):
-        array = np.lib.format.open_memmap(regular(path), mode="r")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # files that Python 2 wrote are as good
+            array = np.lib.format.open_memmap(regular(path), mode="r")
     if array.ndim != 1 or array.dtype.kind not in "iu":
         rule = f"must be a one-dimensional array of integers, is {array.dtype} of shape {array.shape}"
         raise ConfigError(field, path, rule)
