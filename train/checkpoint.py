@@ -31,9 +31,18 @@ from jax.experimental import multihost_utils
 
 from train import clock, processes
 from train import leaves as lv
+from train.checkpoint_files import RECORD, checkpoint_steps, read_record
 from train.config import CheckpointConfig
 from train.errors import ConfigError, TrainingFailed
-from train.integrity import find_fault, hash_lines, sync_directory, write_durably, write_manifest
+from train.fields import shown
+from train.integrity import (
+    find_fault,
+    find_strays,
+    hash_lines,
+    sync_directory,
+    write_durably,
+    write_manifest,
+)
 
 log = logging.getLogger("moejax")
 
@@ -45,7 +54,6 @@ EVALUATED = "eval/tokens_evaluated"
 SAVE_SECONDS = 24 * 3600
 """How long Orbax may write one checkpoint, by the clock on the wall: the run may be suspended meanwhile."""
 
-_RECORD = "record.json"
 _saves = (
     itertools.count()
 )  # of this process: what the processes tell each other about one save has its number
@@ -81,6 +89,7 @@ class Checkpoints:
         self._times = clock.now(), 0.0
         self._damaged: set[int] = set()
         self._swept = False
+        self._mentioned = False
 
     def __enter__(self) -> Checkpoints:
         """Close at the end of the block."""
@@ -137,7 +146,7 @@ class Checkpoints:
         fault = ""
         try:
             self._checkpointer.wait_until_finished()
-            write_durably(pending / _RECORD, record)
+            write_durably(pending / RECORD, record)
             write_manifest(pending, _all_hashes(pending, topic))
             replaced = self._put_aside(step, "replaced")
             pending.rename(self.directory / str(step))
@@ -256,16 +265,11 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of all complete checkpoints, oldest first; some may have been damaged since."""
-        if not self.directory.is_dir():
-            return []
-        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
+        return checkpoint_steps(self.directory)
 
     def latest_step(self) -> int | None:
         """The newest complete checkpoint that is not known to be damaged. Only restoring verifies it."""
         return max((step for step in self.steps() if step not in self._damaged), default=None)
-
-    def _record(self, step: int) -> dict[str, Any]:
-        return json.loads((self.directory / str(step) / _RECORD).read_text(encoding="utf-8"))
 
     def is_late(self) -> bool:
         """Whether the minutes after which there is to be another checkpoint have passed."""
@@ -297,10 +301,10 @@ class Checkpoints:
     def _evaluation(self, step: int) -> tuple[float, int | None] | None:
         """Evaluation loss of a checkpoint and its number of tokens; None when it has no finite one."""
         try:
-            extra = self._record(step)["extra"]
+            extra = read_record(self.directory, step)["extra"]
             loss, extent = extra.get(BEST), extra.get(EXTENT)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            return None  # damaged
+        except Exception:  # damaged: its record may hold anything
+            return None
         return (loss, extent) if isinstance(loss, int | float) and math.isfinite(loss) else None
 
     # ---- restoring ----
@@ -334,13 +338,13 @@ class Checkpoints:
           ConfigError: there are checkpoints but none is sound (starting over would overwrite what a hand
             may still rescue); the state has other leaves, shapes or dtypes; there is none of `step`.
         """
-        found = self._newest_sound(step)
-        if found is None:
-            return None
-        record = self._record(found)
-        accept(record["data_state"])
-        state = self._read(found, record["leaves"], abstract_state, prefix="")
-        return found, state, record["data_state"], record["extra"]
+
+        def read(found: int, record: dict[str, Any]) -> Any:
+            accept(record["data_state"])
+            state = self._read(found, record["leaves"], abstract_state, prefix="")
+            return found, state, record["data_state"], record["extra"]
+
+        return self._from_newest(step, read)
 
     def restore_params(
         self, abstract_params: Any, step: int | None = None
@@ -349,11 +353,30 @@ class Checkpoints:
 
         Returns (step, params, extra) or None; arguments and errors are those of `restore`.
         """
-        found = self._newest_sound(step)
-        if found is None:
-            return None
-        record = self._record(found)
-        return found, self._read(found, record["leaves"], abstract_params, prefix="params."), record["extra"]
+
+        def read(found: int, record: dict[str, Any]) -> Any:
+            params = self._read(found, record["leaves"], abstract_params, prefix="params.")
+            return found, params, record["extra"]
+
+        return self._from_newest(step, read)
+
+    def _from_newest(self, only: int | None, read: Callable[[int, dict[str, Any]], Any]) -> Any:
+        """What `read(step, record)` gives of the newest sound checkpoint; None when there is none at all.
+
+        A running training may remove or replace that one meanwhile: then the newest of the others is read.
+        """
+        while (found := self._newest_sound(only)) is not None:
+            folder = self.directory / str(found)
+            before = _identity(folder)
+            try:
+                result = read(found, read_record(self.directory, found))
+            except Exception:
+                if before is not None and _identity(folder) == before:
+                    raise
+            else:
+                if _identity(folder) == before:
+                    return result
+        return None
 
     def _newest_sound(self, only: int | None) -> int | None:
         """The newest checkpoint whose files all have their hashes; all processes come to the same answer."""
@@ -365,12 +388,13 @@ class Checkpoints:
             if step < 0:
                 break
             path = self.directory / str(step)
+            self._mention_strays(path)
             fault = _first_fault(find_fault(path, (jax.process_index(), jax.process_count())))
             if fault is None:
                 return step
-            rejected[step] = fault
             # A running training may have removed it while a reader looked.
             if path.is_dir():
+                rejected[step] = fault
                 self._damaged.add(step)
                 log.warning("checkpoint of step %d is damaged and skipped: %s", step, fault)
         if rejected:
@@ -380,6 +404,14 @@ class Checkpoints:
         if only is not None:
             raise ConfigError("step", only, f"no such checkpoint; there are {self.steps()}")
         return None
+
+    def _mention_strays(self, path: Path) -> None:
+        """One line in a run's log about the first files that are not ours."""
+        if self._primary and not self._mentioned and (strays := find_strays(path)):
+            self._mentioned = True
+            log.warning(
+                "checkpoint of step %s has files of other programs: %s", path.name, shown(", ".join(strays))
+            )
 
     def _read(self, step: int, saved: dict[str, str], abstract: Any, prefix: str) -> Any:
         """The leaves whose names begin with `prefix`, in the structure of `abstract`."""
@@ -415,6 +447,15 @@ def _all_hashes(pending: Path, topic: str) -> str:
         if text.startswith(_FAULT):
             raise OSError(f"process {number} could not write its part: {text.removeprefix(_FAULT)}")
     return "".join(texts)
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from another of the same name; None where there is none."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _from_primary(step: int) -> int:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from train.environment import MAX_CPU_DEVICES, load_jax, require_devices
 from train.errors import ConfigError, OthersLost, TrainingFailed
 from train.fields import convert, nearest, override, shown
 from train.paths import expanded
+from train.reading import beside
 
 # How the runtime begins its error where a device's memory does not suffice.
 _NO_MEMORY = "RESOURCE_EXHAUSTED"
@@ -232,7 +232,7 @@ def _run_directory(argument: str) -> str:
     argument = str(expanded("RUN", argument))
     if os.path.isfile(os.path.join(argument, "config.yaml")):
         return argument
-    runs = [str(path.parent) for path in pathlib.Path(argument).parent.glob("*/config.yaml")]
+    runs = [os.path.dirname(config) for config in beside(argument, "*/config.yaml")]
     rule = "no such run directory"
     if os.path.isdir(argument):
         rule = "is not a run directory, for it has no config.yaml"

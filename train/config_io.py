@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import glob
 import importlib.util
 import os
 import pathlib
 import re
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import yaml
 
 import train
-from train.config import TOKENIZER_NAMES, TrainConfig
+from train.checkpoint_files import checkpoint_steps
+from train.config import TrainConfig
 from train.errors import ConfigError
-from train.fields import build, flatten, get, nearest, override, shown
+from train.fields import build, flatten, nearest, shown
+from train.reading import beside, reading, regular
 from train.versions import version_of
+from train.writing import replace_text
 
 # `configs` lies beside `train`, in a checkout as in an installed wheel. Asking the import system for the name
 # would find a user's own `configs` folder first.
@@ -27,13 +30,14 @@ SHIPPED = pathlib.Path(train.__file__).resolve().parent.parent / "configs"
 # The entry of a saved config that is no field: the version of moejax that wrote it.
 VERSION = "moejax"
 
-# Fields that may hold a path; `data.tokenizer` may also hold a name.
+# Fields that may hold a path; `data.tokenizer` may also hold a name. The content decides, see `train.inputs`.
 PATHS = ("data.path", "data.validation_path", "data.tokenizer")
 
 # What may differ when a run is resumed; an entry that ends in a dot is a whole group.
 MAY_CHANGE = (
     "steps",
     "workdir",
+    *PATHS,
     "log.",
     "eval.",
     "checkpoint.",
@@ -71,7 +75,7 @@ def find_config(argument: str) -> tuple[TrainConfig, str]:
 
 def shipped_names() -> list[str]:
     """Names of the files in `configs/`."""
-    return sorted(path.stem for path in SHIPPED.glob("*.py") if not path.stem.startswith("_"))
+    return sorted(path.stem for path in SHIPPED.glob("*.py") if not path.stem.startswith(("_", ".")))
 
 
 def load_python(path: str | os.PathLike[str]) -> TrainConfig:
@@ -113,9 +117,7 @@ def save_config(config: TrainConfig, path: str | os.PathLike[str]) -> None:
     # ASCII only: PyYAML writes some Unicode line ends (U+0085) such that they come back as spaces.
     values = {VERSION: version_of("moejax"), **dataclasses.asdict(config)}
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=False, width=1_000_000)
-    scratch = path.with_name(path.name + ".new")
-    scratch.write_text(text, encoding="ascii")
-    scratch.replace(path)
+    replace_text(path, text)
 
 
 def load_config(path: str | os.PathLike[str]) -> TrainConfig:
@@ -126,12 +128,8 @@ def load_config(path: str | os.PathLike[str]) -> TrainConfig:
         of the wrong type. Where another version of moejax wrote the file, the error names both versions.
     """
     path = pathlib.Path(path)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError("CONFIG", path, f"cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError("CONFIG", path, f"is not valid YAML: {shown(error)}") from error
+    with reading("CONFIG", path, "valid YAML"):
+        values = yaml.load(pathlib.Path(regular(path)).read_text(encoding="utf-8"), Loader=_PlainLoader)
     if not isinstance(values, dict):
         raise ConfigError("CONFIG", path, "must be a YAML mapping of config fields")
     with naming_versions(values.pop(VERSION, None), path):
@@ -164,6 +162,24 @@ def version_in(path: pathlib.Path) -> str | None:
     return written[1] if written else None
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases, of which a few lines make gigabytes, and without a key that is there twice."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.YAMLError(f"an alias in line {mark.line + 1}; write the value itself")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise yaml.YAMLError(
+                f"{twice[0]} is there twice, in line {node.start_mark.line + 1} and after it"
+            )
+        return super().construct_mapping(node, deep)
+
+
 def earlier_config(workdir: pathlib.Path) -> TrainConfig | None:
     """The config of the run that `workdir` holds, None where there is no run.
 
@@ -171,37 +187,12 @@ def earlier_config(workdir: pathlib.Path) -> TrainConfig | None:
       ConfigError: it has checkpoints, but nothing says any more with which config they were made.
     """
     path = workdir / "config.yaml"
-    if path.exists():
+    if os.path.exists(path):
         return load_config(path)
-    if any(workdir.glob("checkpoints/*")):
+    if checkpoint_steps(workdir / "checkpoints"):
         rule = "has checkpoints, but not the config.yaml that they were made with; choose another workdir"
         raise ConfigError("workdir", workdir, rule)
     return None
-
-
-def with_absolute_paths(config: TrainConfig, earlier: TrainConfig | None = None) -> TrainConfig:
-    """The config with its data found from any folder; a path where nothing is stays as it was typed.
-
-    Args:
-      earlier: the config of the run that is resumed. A relative path that is the end of its path means that one: the
-        same command goes on with the same run from whatever folder it is given.
-    """
-    absolute: dict[str, str] = {}
-    for name in PATHS:
-        typed, before = get(config, name), get(earlier or config, name)
-        if typed is None or (name == "data.tokenizer" and typed in TOKENIZER_NAMES):
-            continue
-        path = os.path.abspath(os.path.expanduser(typed))
-        if earlier is not None and before is not None and _is_end_of(typed, before):
-            absolute[name] = before
-        elif os.path.exists(path) or glob.glob(path, recursive=True):
-            absolute[name] = path
-    return override(config, absolute)
-
-
-def _is_end_of(typed: str, path: str) -> bool:
-    end, whole = pathlib.Path(os.path.normpath(typed)).parts, pathlib.Path(path).parts
-    return not os.path.isabs(typed) and whole[-len(end) :] == end
 
 
 def differing_fields(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[object, object]]:
@@ -240,9 +231,10 @@ def _why_not_found(path: pathlib.Path) -> str:
         return "must be a .py file, a .yaml file, or the name of a shipped config"
     if os.path.isdir(path):
         return "is a folder; must be a .py file, a .yaml file, or the name of a shipped config"
-    folder = path.parent
-    beside = [str(other) for pattern in ("*.py", "*.yaml", "*.yml") for other in folder.glob(pattern)]
-    known = shipped_names() + [other for other in beside if not pathlib.Path(other).stem.startswith("_")]
+    files = beside(path, "*.py", "*.yaml", "*.yml")
+    known = shipped_names() + [
+        other for other in files if not pathlib.Path(other).stem.startswith(("_", "."))
+    ]
     return f"no such config file{nearest(str(path), known)}"
 
 

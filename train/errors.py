@@ -2,6 +2,17 @@
 
 import signal
 
+_LONGEST = 300  # characters of a value: a path in an error should be whole, a file's content should not
+
+
+def one_line(value: object, limit: int) -> str:
+    """A value as it is shown in an error: one line, empty text visible, the end of a long one cut off."""
+    try:
+        text = " ".join(str(value).split()) or repr(value)
+    except ValueError:  # Python writes out no integer of more than 4,300 digits
+        text = f"({type(value).__name__})"
+    return text if len(text) <= limit else text[:limit] + "…"
+
 
 class RunError(Exception):
     """Base: `exit_code` is what the process ends with, the message is one line."""
@@ -22,7 +33,7 @@ class ConfigError(RunError):
 
     def __init__(self, field: str, value: object, rule: str):
         self.field, self.value, self.rule = field, value, rule
-        super().__init__(f"{field} = {value}: {rule}")
+        super().__init__(f"{field} = {one_line(value, _LONGEST)}: {rule}")
 
 
 class TrainingFailed(RunError):

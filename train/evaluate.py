@@ -17,9 +17,10 @@ from jax.sharding import Mesh
 from train.checkpoint import BEST, EVALUATED, EXTENT, Checkpoints
 from train.config import MeshConfig, TrainConfig
 from train.config_io import load_config
-from train.data import load_corpus, load_tokenizer, validation_batches
+from train.data import load_tokenizer, validation_batches
 from train.errors import ConfigError
 from train.feed import device_batch, process_rows
+from train.inputs import read_began, read_inputs
 from train.layers import moe_layers_of
 from train.model import ModelSpec, make_mesh, product_precision
 from train.observe import ExpertView
@@ -137,7 +138,10 @@ def evaluate_run(run_dir: str) -> tuple[float, int]:
     directory = Path(run_dir)
     config = load_config(directory / "config.yaml")
     tokenizer = load_tokenizer(directory)
-    corpus = load_corpus(config.data, tokenizer)
+    inputs = read_inputs(config, directory, config, read_began(directory), tokenizer)
+    for line in inputs.moved:
+        log.warning("%s", line)
+    corpus = inputs.corpus
     spec = ModelSpec.from_config(config, tokenizer.vocab_size)
     mesh = fitting_mesh(config)
     with jax.set_mesh(mesh), product_precision(config):

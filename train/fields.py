@@ -15,7 +15,7 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeVar, Union
 
-from train.errors import ConfigError
+from train.errors import ConfigError, one_line
 
 T = TypeVar("T")
 
@@ -138,9 +138,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def shown(value: object, limit: int = 120) -> str:
-    """A value as it stands in an error: one line, empty text visible, the end of a long one cut off."""
-    text = " ".join(str(value).split()) or repr(value)
-    return text if len(text) <= limit else text[:limit] + "…"
+    """A value as it is shown in an error: one line, empty text visible, the end of a long one cut off."""
+    return one_line(value, limit)
 
 
 def _hints(cls: type) -> dict[str, Any]:

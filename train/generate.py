@@ -16,6 +16,7 @@ from train.errors import ConfigError
 from train.evaluate import restore_params
 from train.fields import shown
 from train.model import ModelSpec, product_precision
+from train.reading import reading
 
 _SHORTEST = 16  # tokens for which the first program is compiled
 
@@ -88,7 +89,8 @@ def generate_run(
 
     window = config.data.sequence_length
     # As in training: a document begins without a separator, which belongs to the end of the one before.
-    context = np.asarray(tokenizer.encode(prompt), np.int32)[-window:]
+    with reading("--prompt", shown(prompt), "text for the run's tokenizer"):
+        context = np.asarray(tokenizer.encode(prompt), np.int32)[-window:]
     if not len(context):
         raise ConfigError("--prompt", shown(prompt), "has no token in the run's tokenizer")
     cache = spec.merge(params).init_cache(1, window)

@@ -15,19 +15,13 @@ from moejax.cost import peak_flops, train_flops_per_token
 from train import processes
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig
-from train.config_io import earlier_config, refuse_other_run, save_config, with_absolute_paths
-from train.data import (
-    Corpus,
-    Tokenizer,
-    TokenStream,
-    TrainingBatches,
-    build_tokenizer,
-    load_corpus,
-)
+from train.config_io import earlier_config, refuse_other_run, save_config
+from train.data import Corpus, Tokenizer, TokenStream, TrainingBatches
 from train.errors import ConfigError, Interrupted, NotFinite
 from train.evaluator import Evaluator, is_due, is_owed
 from train.feed import abstract_batch, device_batch, process_rows
 from train.fields import flatten
+from train.inputs import Inputs, marks, read_began, read_inputs
 from train.leaves import bytes_of
 from train.lock import lock_run
 from train.logs import held_back
@@ -80,7 +74,8 @@ def _train(config: TrainConfig, directory: Workdir, failure: NotFinite | None) -
     """One attempt; after a `failure` the data goes on behind the batch that it came from."""
     # ---- input: everything that can be refused is refused before the workdir exists ----
     with processes.refusing_together():
-        config, tokenizer, corpus = _read_input(config, directory)
+        inputs = _read_inputs(config, directory)
+        config, tokenizer, corpus = inputs.config, inputs.tokenizer, inputs.corpus
         mesh = make_mesh(config.mesh)
         batch_size, sequence_length = config.data.batch_size, config.data.sequence_length
         rows = process_rows(mesh, batch_size)
@@ -130,6 +125,8 @@ def _train(config: TrainConfig, directory: Workdir, failure: NotFinite | None) -
         for record in warnings:
             log.handle(record)
         log.info("run directory: %s", workdir)
+        for line in inputs.moved:
+            log.info("%s", line)
         _introduce(program.spec, corpus, mesh, speeds)
         for line in tuner.describe(program.spec):
             log.info("%s", line)
@@ -171,7 +168,7 @@ def _train(config: TrainConfig, directory: Workdir, failure: NotFinite | None) -
                 reporter.flush()
                 with monitor.paused(), watchdog.paused():
                     reporter.refuse_broken(step, state.params)
-                    extra = {"content_hash": corpus.content_hash, **found}
+                    extra = {**marks(corpus, workdir), **found}
                     checkpoints.save(step, state, batches.get_state(), extra)
 
             if stopping and not (last and found):
@@ -186,19 +183,19 @@ def _train(config: TrainConfig, directory: Workdir, failure: NotFinite | None) -
             checkpoints.wait()
 
 
-def _read_input(config: TrainConfig, directory: Workdir) -> tuple[TrainConfig, Tokenizer, Corpus]:
-    """The config with absolute paths, and the data it names.
+def _read_inputs(config: TrainConfig, directory: Workdir) -> Inputs:
+    """The data that the config names, and the config with the paths at which it is.
 
     Raises:
       ConfigError: the data cannot be used, or the workdir is that of another run.
     """
-    earlier = None if directory.is_new else earlier_config(directory.path)
-    config = with_absolute_paths(config, earlier)
+    workdir = directory.path
+    earlier = None if directory.is_new else earlier_config(workdir)
     if earlier is not None:
-        refuse_other_run(directory.path, earlier, config)
-    tokenizer = build_tokenizer(config.data)
-    _check_vocabulary(config, tokenizer)
-    return config, tokenizer, load_corpus(config.data, tokenizer)
+        refuse_other_run(workdir, earlier, config)
+    inputs = read_inputs(config, workdir, earlier, None if directory.is_new else read_began(workdir))
+    _check_vocabulary(inputs.config, inputs.tokenizer)
+    return inputs
 
 
 def _restore(

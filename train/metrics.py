@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from train.reading import reading, regular
+
 DROP_CAUSES = {
     "dropped_by_router": "by the router",
     "dropped_over_capacity": "over their experts' capacity",
@@ -82,17 +84,35 @@ def _open(path: Path) -> io.FileIO:
 
 
 def read(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """The records of a metrics file, with floats where it has "NaN", "Infinity" or "-Infinity"."""
-    with Path(path).open(encoding="utf-8") as file:
-        for line in file:
-            record = json.loads(line)
-            yield {name: _number(value) for name, value in record.items()}
+    """The records of a metrics file, with floats where it has "NaN", "Infinity" or "-Infinity".
+
+    A training may be writing it, or have been killed over a line: an end without a line break is left out, as when
+    the run goes on.
+
+    Raises:
+      ConfigError: the file cannot be read, or a whole line is no record; names the line.
+    """
+    with reading("RUN", path, "a file of metrics"), Path(regular(path)).open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            if not line.strip():
+                continue
+            with reading("RUN", f"{path} line {number}", "a record of metrics"):
+                record = json.loads(line)
+                if not isinstance(record, dict) or type(record.get("step")) is not int:
+                    raise ValueError("it must be an object with a whole number as step")
+                record = {name: _number(value) for name, value in record.items()}
+            yield record
 
 
 def _number(value: Any) -> Any:
     if isinstance(value, list):
         return [_number(entry) for entry in value]
-    return float(value) if isinstance(value, str) else value
+    if not isinstance(value, int | float | str):
+        raise ValueError(f"a value is {type(value).__name__}, not a number")
+    number = float(value)  # an integer beyond all floats raises
+    return number if isinstance(value, str) else value
 
 
 def _portable(value: Any) -> Any:

@@ -191,8 +191,8 @@ def _check_ranges(config: TrainConfig) -> None:
             text, is_allowed = RANGES[name]
             if not is_allowed(value):
                 raise ConfigError(name, value, text)
-        if name in NOT_EMPTY and value is not None and not value.strip():
-            raise ConfigError(name, shown(value), "must not be empty")
+        if name in NOT_EMPTY and value is not None and (not value.strip() or "\0" in value):
+            raise ConfigError(name, shown(value), "must not be empty, nor hold a NUL character")
     if config.workdir is not None and (
         there := _file_on_the_way(pathlib.Path(os.path.expanduser(config.workdir)))
     ):

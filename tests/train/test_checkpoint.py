@@ -22,7 +22,7 @@ from train import checkpoint, processes
 from train.checkpoint import Checkpoints
 from train.config import CheckpointConfig
 from train.errors import ConfigError, TrainingFailed
-from train.integrity import MANIFEST, find_fault, write_manifest
+from train.integrity import MANIFEST, find_fault, find_strays, hash_lines, write_manifest
 
 
 class State(NamedTuple):
@@ -247,8 +247,47 @@ class TestDamage:
                 path.write_bytes(changed)
                 assert find_fault(directory), path
             path.write_bytes(content)
-        (directory / "state" / "stray").touch()
-        assert find_fault(directory) == f"state/stray is not in {MANIFEST}"
+        (directory / "state" / "other").touch()
+        assert find_fault(directory) is None and find_strays(directory) == ["state/other"]
+
+    def test_manifests_that_are_cut_off_or_of_an_older_version(self, tmp_path):
+        for name in ("a", "b", "c"):
+            (tmp_path / name).write_text(name)
+        write_manifest(tmp_path, hash_lines(tmp_path))
+        *lines, end = (tmp_path / MANIFEST).read_text().splitlines(keepends=True)
+        assert end == "# 3 files\n"
+        for kept in (lines[:2], [*lines[:2], end], [], [*lines, end[:-1]], [*lines, "# 4 files\n"]):
+            (tmp_path / MANIFEST).write_text("".join(kept))
+            assert find_fault(tmp_path) in (f"c is not in {MANIFEST}", f"{MANIFEST} is cut off"), kept
+        (tmp_path / MANIFEST).write_text("".join(lines))
+        (tmp_path / ".DS_Store").touch()
+        assert find_fault(tmp_path) is None, "older versions wrote no last line"
+
+    def test_files_of_other_programs_do_no_harm(self, checkpoints, caplog):
+        """Among the checkpoints and in each folder of one; those of before a save are not in its manifest."""
+        strays = (".DS_Store", ".nfs0000001", "._x", "Thumbs.db", "lost+found/x")
+
+        def leave_in(folder):
+            for name in strays:
+                (folder / name).parent.mkdir(exist_ok=True, parents=True)
+                (folder / name).write_text("left")
+
+        checkpoints.directory.mkdir(parents=True)
+        leave_in(checkpoints.directory)
+        (checkpoints.directory / "30").touch()
+        save_all(checkpoints, 10, 20)
+        for folder in [p for p in checkpoints.directory.rglob("*") if p.is_dir()]:
+            leave_in(folder)
+        with caplog.at_level(logging.WARNING, "moejax"):
+            assert restored_step(checkpoints) == 20 and restored_step(checkpoints) == 20
+        (line,) = caplog.messages
+        assert "checkpoint of step 20 has files of other programs: .DS_Store" in line
+        hidden = checkpoints.directory / ".pending-20" / "state"
+        hidden.mkdir(parents=True)
+        leave_in(hidden)
+        assert hash_lines(hidden.parent) == "", "what goes again must not be missed"
+        save_all(checkpoints, 40)
+        assert restored_step(checkpoints) == 40
 
     def test_damaged_ones_do_not_count_as_kept(self, tmp_path):
         with Checkpoints(tmp_path, CheckpointConfig(keep_last=2, keep_best=0)) as checkpoints:
@@ -276,6 +315,40 @@ class TestDamage:
         monkeypatch.setattr("train.checkpoint.find_fault", remove_first)
         assert restored_step(checkpoints) == 10
         assert not caplog.messages
+
+    def test_removed_or_replaced_while_a_reader_reads(self, checkpoints, caplog, monkeypatch):
+        """After the hashes were found right: the next newest is read, or what has taken its place."""
+        save_all(checkpoints, 10, 20)
+        read, others = Checkpoints._read, [checkpoints.directory / "20"]
+
+        def disturbed(self, step, *arguments, **options):
+            if step == 20 and others:
+                others.pop().rename(checkpoints.directory / ".discarded-20")
+            return read(self, step, *arguments, **options)
+
+        monkeypatch.setattr(Checkpoints, "_read", disturbed)
+        assert restored_step(checkpoints) == 10 and not caplog.messages
+        shutil.rmtree(checkpoints.directory / ".discarded-20")
+        save_all(checkpoints, 20)
+
+        def replaced(self, step, *arguments, **options):
+            result = read(self, step, *arguments, **options)
+            if not others:
+                others.append(step)
+                folder = checkpoints.directory / "20"
+                shutil.copytree(folder, folder.with_name(".replaced-20"))
+                folder.rename(folder.with_name(".discarded-20"))
+                folder.with_name(".replaced-20").rename(folder)
+            return result
+
+        reads = []
+        monkeypatch.setattr(Checkpoints, "_read", lambda *a, **o: reads.append(a) or replaced(*a, **o))
+        assert restored_step(checkpoints) == 20 and len(reads) == 2, "read once more, all from one folder"
+
+    def test_all_removed_while_a_reader_looks(self, checkpoints, monkeypatch):
+        save_all(checkpoints, 10)
+        monkeypatch.setattr("train.checkpoint.find_fault", lambda path, _: shutil.rmtree(path) or "gone")
+        assert checkpoints.restore(abstract(small_state(0))) is None
 
     def test_leftovers_are_ignored_and_swept(self, checkpoints):
         save_all(checkpoints, 10)

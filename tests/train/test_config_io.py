@@ -8,7 +8,7 @@ import pytest
 from hypothesis import strategies as st
 
 from train import config_io
-from train.config import DataConfig, MeshConfig, MoEConfig, TrainConfig
+from train.config import MeshConfig, MoEConfig, TrainConfig
 from train.config_io import (
     differing_fields,
     earlier_config,
@@ -20,7 +20,6 @@ from train.config_io import (
     save_config,
     shipped_names,
     version_in,
-    with_absolute_paths,
 )
 from train.errors import ConfigError
 from train.fields import _replace, flatten, leaf_types
@@ -75,6 +74,12 @@ def test_yaml_written_by_hand(tmp_path):
         ("", "must be a YAML mapping"),
         ("steps: [", "is not valid YAML"),
         ("!!python/object:os.system {}", "is not valid YAML"),
+        ("steps: &a 3\nseed: *a", "is not valid YAML: an alias in line 2; write the value itself"),
+        ("steps: 3\nsteps: 4", "is not valid YAML: steps is there twice"),
+        ("steps: [0x" + "f" * 5000 + "]", "steps = (list): must be an integer"),
+        ("a" * 5000 + ": 1", "aaa"),
+        ("[" * 5000, "is not valid YAML: it is nested too deeply"),
+        ("seed: 2020-99-99", "is not valid YAML"),
     ],
 )
 def test_bad_yaml(tmp_path, text, message):
@@ -83,6 +88,13 @@ def test_bad_yaml(tmp_path, text, message):
     with pytest.raises(ConfigError) as caught:
         find_config(str(path))
     assert message in str(caught.value)
+
+
+def test_yaml_as_editors_write_it(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(b"\xef\xbb\xbfsteps: 7\r\n\r\nseed: 3\r\n\r\n")
+    config = load_config(path)
+    assert (config.steps, config.seed) == (7, 3)
 
 
 def test_yaml_that_is_no_utf8(tmp_path):
@@ -146,15 +158,6 @@ def test_the_line_of_an_error_is_named_for_a_relative_path_too(tmp_path, monkeyp
         find_config("mine.py")
 
 
-def test_a_file_with_the_name_of_a_tokenizer_is_no_path(tmp_path, monkeypatch):
-    for name in ("bytes", "char"):
-        (tmp_path / name).mkdir()
-    monkeypatch.chdir(tmp_path)
-    for name in ("bytes", "char"):
-        config = TrainConfig(data=DataConfig(tokenizer=name))
-        assert with_absolute_paths(config).data.tokenizer == name
-
-
 def test_shipped_configs_by_name_and_by_path():
     assert {"quickstart", "shakespeare", "moe_1b_64x"} <= set(shipped_names())
     for name in shipped_names():
@@ -182,6 +185,7 @@ def test_what_may_change_on_resume():
         old,
         steps=7,
         workdir="elsewhere",
+        data=dataclasses.replace(old.data, path="moved.txt", tokenizer="moved.json"),
         mesh=MeshConfig(data=2, expert=4),
         log=dataclasses.replace(old.log, every=1),
         eval=dataclasses.replace(old.eval, every=1),
@@ -206,6 +210,10 @@ def test_what_may_not_change_on_resume_is_named_with_both_values():
 
 def test_checkpoints_of_an_unknown_config_are_not_gone_on_with(tmp_path):
     assert earlier_config(tmp_path) is None
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / ".DS_Store").touch()
+    (tmp_path / "checkpoints" / "7").touch()
+    assert earlier_config(tmp_path) is None, "files that are no checkpoint"
     (tmp_path / "checkpoints" / "3").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"^workdir = .*: has checkpoints, but not the config\.yaml"):
         earlier_config(tmp_path)

@@ -220,17 +220,47 @@ def test_a_failing_machine_ends_the_run_with_3_and_a_line_in_the_log(run, capsys
     assert [path.name for path in (run.workdir / "checkpoints").iterdir()] == ["5"]
 
 
-def test_relative_paths_are_found_again_from_another_folder(run, capsys, tmp_path, monkeypatch):
+def test_paths_are_found_again_from_another_folder_and_when_all_has_moved(run, capsys, tmp_path, monkeypatch):
+    project, run.workdir = tmp_path / "project", tmp_path / "project" / "run"
     (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path)
+    project.mkdir()
+    run.text.rename(project / "text.txt")
+    monkeypatch.chdir(project)
     assert run("--steps", 2, "--data.path", "text.txt") == 0
-    assert load_config(run.workdir / "config.yaml").data.path == str(tmp_path / "text.txt")
-    monkeypatch.chdir("elsewhere")
+    assert load_config(run.workdir / "config.yaml").data.path == str(project / "text.txt")
+    monkeypatch.chdir(tmp_path / "elsewhere")
     assert cli.main(["eval", str(run.workdir)]) == 0
     assert run("--steps", 3, "--data.path", "text.txt") == 0, "the same command is the same run"
     capsys.readouterr()
     assert run("--steps", 4, "--data.path", "ext.txt") == 2
     assert "data.path" in capsys.readouterr().err
+
+    moved = project.rename(tmp_path / "moved")
+    run.workdir = moved / "run"
+    for command, *words in (
+        ("eval",),
+        ("report",),
+        ("generate", "--prompt", "to be", "--max-tokens", "2"),
+        ("export", "--layer", "0", "--output", str(tmp_path / "layer.safetensors")),
+    ):
+        assert cli.main([command, str(run.workdir), *words]) == 0, command
+    line = f"data.path: {project}/text.txt is now {moved}/text.txt, with the same content"
+    assert f"warning: {line}" in capsys.readouterr().err
+    assert run("--steps", 4, "--data.path", "text.txt") == 0
+    log = (run.workdir / "log.txt").read_text()
+    assert log.count(line) == 1 and "going on after step 3" in log
+    assert load_config(run.workdir / "config.yaml").data.path == str(moved / "text.txt")
+    (moved / "text.txt").write_text((moved / "text.txt").read_text() + "more")
+    capsys.readouterr()
+    for words in (
+        ["eval", str(run.workdir)],
+        ["train", str(run.workdir / "config.yaml"), "--workdir", str(run.workdir)],
+    ):
+        assert cli.main(words) == 2
+        (error,) = capsys.readouterr().err.splitlines()
+        assert error.startswith(
+            f"error: data.path = {moved}/text.txt: its content has changed since the run began"
+        )
 
 
 def test_a_damaged_newest_checkpoint_is_skipped(run, capsys):

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import os
 import re
 
 import pytest
 
+from train import cli
 from train.config_io import find_config, save_config
 
 
@@ -75,6 +77,51 @@ def test_a_workdir_that_cannot_hold_a_checkpoint_is_bad_input(run, capsys):
     assert error.startswith(f"error: workdir = {run.workdir}: cannot hold a checkpoint: {where}")
     assert error.endswith(": Not a directory\n") and error.count("\n") == 1
     assert sorted(path.name for path in run.workdir.iterdir()) == [".lock", "checkpoints"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train", "PATH"),
+        *(
+            ("train", "quickstart", f"--data.{name}", "PATH")
+            for name in ("path", "validation_path", "tokenizer")
+        ),
+        ("train", "quickstart", "--workdir", "PATH"),
+        ("eval", "PATH"),
+        ("report", "PATH"),
+        ("generate", "PATH", "--prompt", "a"),
+        ("export", "PATH", "--layer", "0", "--output", "new"),
+    ],
+    ids=" ".join,
+)
+def test_paths_that_are_no_files(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("a b " * 99)
+    os.mkfifo(tmp_path / "pipe.txt")  # to open one would wait for ever
+    os.symlink("loop", tmp_path / "loop")
+    for path in (
+        "x" * 5000,
+        "x/" * 2500,
+        "~nosuchuser/a",
+        "pipe.txt/b",
+        "loop",
+        "a\0b",
+        "pipe.txt",
+        "/dev/zero",
+    ):
+        if path == "~nosuchuser/a" and "--workdir" in words:
+            continue  # a folder of this name can be made
+        given = [path if word == "PATH" else word for word in words]
+        data = [] if "--data.path" in words or words[0] != "train" else ["--data.path", "text.txt"]
+        small = (
+            ["--model.d_model", "16", "--model.num_layers", "1", "--steps", "1"]
+            if words[0] == "train"
+            else []
+        )
+        assert cli.main([*given, *data, *small]) == 2, path
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and len(line) < 1000
 
 
 @pytest.mark.parametrize(

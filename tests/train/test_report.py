@@ -127,6 +127,45 @@ def test_bad_runs_are_named(tmp_path, capsys):
         read_run(run)
 
 
+def test_a_run_that_is_being_written_has_its_whole_lines(tmp_path):
+    write_run(tmp_path / "run", steps=2)
+    path = tmp_path / "run" / "metrics.jsonl"
+    whole = path.read_bytes()
+    first = whole.index(b"\n") + 1
+    for end in [*range(first, len(whole), 37), len(whole) - 1, len(whole)]:
+        path.write_bytes(whole[:end])
+        run = read_run(tmp_path / "run")
+        assert len(run.steps) + len(run.evaluations) == whole[:end].count(b"\n")
+    path.write_bytes(b"\r\n" + whole + b"\0" * 8)  # as after a power cut
+    assert len(read_run(tmp_path / "run").steps) == 2
+    assert cli.main(["report", str(tmp_path / "run")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "rule"),
+    [
+        ('{"step": 3, "tok', "line 2: is not a record of metrics: Invalid control character"),
+        ("\0\0", "line 2: is not a record of metrics: "),
+        ("[1]", "line 2: is not a record of metrics: it must be an object with a whole number as step"),
+        ('{"step": "2", "loss": 1}', "line 2: is not a record of metrics: it must be an object"),
+        (
+            '{"step": 2, "loss": null}',
+            "line 2: is not a record of metrics: a value is NoneType, not a number",
+        ),
+        ('{"step": 2, "loss": "low"}', "line 2: is not a record of metrics: could not convert"),
+        ('{"step": 2, "loss": [1, 2]}', "is not a run that can be drawn: "),
+    ],
+)
+def test_a_line_that_no_training_writes_is_named(tmp_path, capsys, line, rule):
+    write_run(tmp_path / "run", steps=1)
+    path = tmp_path / "run" / "metrics.jsonl"
+    first = path.read_text().splitlines()[0]
+    path.write_text(f"{first}\n{line}\n{first}\n")
+    assert cli.main(["report", str(tmp_path / "run")]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: RUN = ") and rule in error
+
+
 def test_counts_preferences_and_pairs():
     tokens = np.array([0] * 10 + [1] * 10 + [2] * 3)
     ids = np.array([[0, 1]] * 10 + [[1, 2]] * 9 + [[0, -1]] + [[2, 0]] * 3)

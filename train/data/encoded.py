@@ -13,6 +13,7 @@ from train.data.documents import Document
 from train.data.order import mix64
 from train.data.packing import TokenStream
 from train.data.tokenizer import Tokenizer
+from train.reading import reading
 
 # Documents are handed to the tokenizer in groups, so that it can use all cores.
 _GROUP_DOCUMENTS = 1024
@@ -95,7 +96,9 @@ def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer, digest
             if lengths or document is not group[0]:
                 digest.update(b"\xff")
             digest.update(document.raw)
-        for ids in tokenizer.encode_documents(group):
+        with reading("data.tokenizer", tokenizer.name, "a tokenizer for this data"):
+            encoded = tokenizer.encode_documents(group)
+        for ids in encoded:
             parts += [ids.astype(dtype), separator]
             lengths.append(len(ids) + 1)
     backing = np.concatenate(parts) if parts else np.zeros(0, dtype)

@@ -13,6 +13,7 @@ from train.data.documents import Document
 from train.data.pieces import Pieces
 from train.data.tokenizer import TOKENIZER_FILE, StreamDecoder, Tokenizer
 from train.errors import ConfigError
+from train.writing import replace_text
 
 CONFIG_FILE = "tokenizer_config.json"
 # End-of-text tokens of the tokenizers in use, looked for where no tokenizer_config.json names one.
@@ -118,9 +119,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def save(self, directory: str | Path) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, as other tools read them."""
-        Path(directory, TOKENIZER_FILE).write_text(self._tokenizer.to_str(), encoding="utf-8")
-        config = json.dumps({"eos_token": self.end_token})
-        Path(directory, CONFIG_FILE).write_text(config, encoding="utf-8")
+        replace_text(Path(directory, TOKENIZER_FILE), self._tokenizer.to_str())
+        replace_text(Path(directory, CONFIG_FILE), json.dumps({"eos_token": self.end_token}))
 
 
 class _HuggingFaceDecoder(StreamDecoder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from train.data.encoded import Encoded
 from train.data.sources import Files
 from train.data.tokenizer import Tokenizer
 from train.errors import ConfigError
+from train.reading import reading, regular
 
 _CHUNK = 1 << 22
 
@@ -41,14 +43,12 @@ def map_shards(files: Files, tokenizer: Tokenizer, digest: Any) -> Encoded:
 
 
 def _map_npy(field: str, path: Path) -> np.ndarray:
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except OSError as error:
-        rule = f"cannot be read: {error.strerror or str(error).splitlines()[0]}"
-        raise ConfigError(field, path, rule) from error
-    except (ValueError, EOFError) as error:
-        rule = "is not a sound .npy file of integers: of another kind, or cut short; write it with numpy.save"
-        raise ConfigError(field, path, rule) from error
+    with reading(
+        field, path, "a sound .npy file of integers: of another kind, or cut short; write it with numpy.save"
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # files that Python 2 wrote are as good
+            array = np.lib.format.open_memmap(regular(path), mode="r")
     if array.ndim != 1 or array.dtype.kind not in "iu":
         rule = f"must be a one-dimensional array of integers, is {array.dtype} of shape {array.shape}"
         raise ConfigError(field, path, rule)
@@ -57,9 +57,8 @@ def _map_npy(field: str, path: Path) -> np.ndarray:
 
 def _map_bin(field: str, path: Path, tokenizer: Tokenizer) -> np.ndarray:
     dtype = np.dtype("<u4" if tokenizer.vocab_size > 65535 else "<u2")
-    if not os.access(path, os.R_OK):
-        raise ConfigError(field, path, "cannot be read: no permission")
-    size = path.stat().st_size
+    with reading(field, path, "a file of tokens"):
+        size = os.stat(regular(path)).st_size
     if size % dtype.itemsize:
         rule = (
             f"has {size} bytes, no multiple of {dtype.itemsize} (it is read as {dtype.name}); save it as .npy"
@@ -67,7 +66,8 @@ def _map_bin(field: str, path: Path, tokenizer: Tokenizer) -> np.ndarray:
         raise ConfigError(field, path, rule)
     if size == 0:
         return np.zeros(0, dtype)
-    return np.memmap(path, dtype, mode="r")
+    with reading(field, path, "a file of tokens"):
+        return np.memmap(path, dtype, mode="r")
 
 
 def _document_ends(

@@ -9,10 +9,14 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from train.data.documents import Document
 from train.data.stdlib import read_stdlib
 from train.errors import ConfigError
+from train.fields import shown
+from train.reading import reading, regular
+from train.strays import is_stray
 
 _TEXT_SUFFIXES = frozenset(
     ".txt .text .md .rst .tex .org .log .csv .tsv .html .htm .xml .yaml .yml .toml .ini .cfg "
@@ -61,22 +65,8 @@ def find_files(field: str, path: str | None) -> Files:
     """
     if path is None:
         return Files(field, None, "stdlib")
-    root = Path(path).expanduser()
-    ignored = 0
-    if root.is_dir():
-        below = _files_below(root)
-        found = [file for file in below if file.suffix and _kind(file) is not None]
-        ignored = len(below) - len(found)
-        if not found:
-            raise ConfigError(field, path, f"no file in this folder is {_KINDS_ALLOWED}")
-    elif root.exists():
-        found = [root]
-    elif glob.has_magic(str(root)):
-        found = sorted(Path(match) for match in glob.glob(str(root), recursive=True) if os.path.isfile(match))
-        if not found:
-            raise ConfigError(field, path, "no file matches")
-    else:
-        raise ConfigError(field, path, "no such file or folder")
+    with reading(field, path, "a path"):
+        found, ignored = _find(field, path)
     for file in found:
         if _kind(file) is None:
             raise ConfigError(field, file, f"unknown file type {file.suffix}; must be {_KINDS_ALLOWED}")
@@ -87,6 +77,30 @@ def find_files(field: str, path: str | None) -> Files:
         )
         raise ConfigError(field, path, rule)
     return Files(field, path, kinds[0], tuple(found), ignored)
+
+
+def _find(field: str, path: str) -> tuple[list[Path], int]:
+    """The files that a path means, and how many of its folder were left out. `os.path` takes any text for a path."""
+    root = Path(os.path.expanduser(path))
+    ignored = 0
+    if os.path.isdir(root):
+        below = _files_below(root)
+        found = [file for file in below if file.suffix and _kind(file) is not None]
+        ignored = len(below) - len(found)
+        if not found:
+            raise ConfigError(field, path, f"no file in this folder is {_KINDS_ALLOWED}")
+    elif os.path.exists(root):
+        found = [root]
+    elif glob.has_magic(str(root)):
+        matches = sorted(
+            Path(match) for match in glob.glob(str(root), recursive=True) if os.path.isfile(match)
+        )
+        found = [match for match in matches if not is_stray(match.name)]
+        if not found:
+            raise ConfigError(field, path, "no file matches")
+    else:
+        raise ConfigError(field, path, "no such file or folder")
+    return found, ignored
 
 
 def read_documents(files: Files, text_field: str) -> Iterator[Document]:
@@ -104,7 +118,8 @@ def read_documents(files: Files, text_field: str) -> Iterator[Document]:
         return
     warned = False
     for path in files.paths:
-        try:
+        with reading(files.field, path, f"a sound {files.kind} file"):
+            regular(path)
             if files.kind == "text":
                 content = path.read_bytes()
                 if not warned and not _looks_like_text(content):
@@ -115,10 +130,6 @@ def read_documents(files: Files, text_field: str) -> Iterator[Document]:
                 yield from _read_jsonl(files.field, path, text_field)
             else:
                 yield from _read_parquet(files.field, path, text_field)
-        except OSError as error:
-            raise ConfigError(
-                files.field, path, f"cannot be read: {error.strerror or str(error).splitlines()[0]}"
-            ) from error
 
 
 def _looks_like_text(content: bytes) -> bool:
@@ -136,8 +147,8 @@ def _kind(file: Path) -> str | None:
 def _files_below(root: Path) -> list[Path]:
     found = []
     for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(folder, name) for name in names if not name.startswith(".")]
+        folders[:] = [name for name in folders if not is_stray(name)]
+        found += [Path(folder, name) for name in names if not is_stray(name)]
     return sorted(found, key=lambda file: file.relative_to(root).as_posix())
 
 
@@ -147,35 +158,36 @@ def _read_jsonl(field: str, path: Path, text_field: str) -> Iterator[Document]:
             name = f"{path} line {number}"
             if not line.strip():
                 continue
-            try:
+            with reading(field, name, "JSON"):
                 record = json.loads(line)
-            except UnicodeDecodeError as error:
-                raise ConfigError(field, name, f"invalid UTF-8 at byte {error.start} of the line") from error
-            except (ValueError, RecursionError) as error:
-                raise ConfigError(field, name, f"is not JSON: {error}") from error
             if not isinstance(record, dict):
                 raise ConfigError(field, name, f"must be a JSON object, is {type(record).__name__}")
             yield _document(field, name, record.get(text_field), text_field, list(record))
 
 
 def _read_parquet(field: str, path: Path, text_field: str) -> Iterator[Document]:
-    import pyarrow
     import pyarrow.parquet
 
+    with reading(field, path, "a sound Parquet file"), pyarrow.parquet.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        if text_field not in names:
+            raise _missing_field(text_field, str(path), names)
+        row = 0
+        for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[text_field]):
+            for text in _texts(field, path, row, batch.column(0)):
+                yield _document(field, f"{path} row {row}", text, text_field, names)
+                row += 1
+
+
+def _texts(field: str, path: Path, first: int, column: Any) -> list[object]:
+    """The values of a column; where they cannot be taken all at once, the row that is at fault is named."""
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if text_field not in names:
-                raise _missing_field(text_field, str(path), names)
-            row = 0
-            for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[text_field]):
-                for text in batch.column(0).to_pylist():
-                    yield _document(field, f"{path} row {row}", text, text_field, names)
-                    row += 1
-    except pyarrow.ArrowInvalid as error:
-        raise ConfigError(
-            field, path, f"is not a sound Parquet file: {str(error).splitlines()[0]}"
-        ) from error
+        return column.to_pylist()
+    except ValueError:
+        for row, value in enumerate(column, first):
+            with reading(field, f"{path} row {row}", "text"):
+                value.as_py()
+        raise
 
 
 def _document(field: str, name: str, text: object, text_field: str, available: list[str]) -> Document:
@@ -194,4 +206,6 @@ def _document(field: str, name: str, text: object, text_field: str, available: l
 
 
 def _missing_field(text_field: str, name: str, available: list[str]) -> ConfigError:
-    return ConfigError("data.text_field", text_field, f"is not in {name}, which has: {', '.join(available)}")
+    return ConfigError(
+        "data.text_field", text_field, f"is not in {name}, which has: {shown(', '.join(available))}"
+    )

@@ -14,6 +14,7 @@ import numpy as np
 
 from train.data.documents import Document
 from train.errors import ConfigError
+from train.writing import replace_text
 
 TOKENIZER_FILE = "tokenizer.json"
 # The key by which a file of ours differs from a Hugging Face tokenizer.json, which may have the same name.
@@ -40,6 +41,8 @@ class Tokenizer(abc.ABC):
 
     vocab_size: int
     separator: int
+    name: str = TOKENIZER_FILE
+    """The file that it came from, for errors."""
 
     @abc.abstractmethod
     def encode(self, text: str) -> np.ndarray:
@@ -172,4 +175,4 @@ def _code_points(text: str) -> np.ndarray:
 
 
 def _write(directory: str | Path, content: dict) -> None:
-    Path(directory, TOKENIZER_FILE).write_text(json.dumps(content), encoding="utf-8")
+    replace_text(Path(directory, TOKENIZER_FILE), json.dumps(content))

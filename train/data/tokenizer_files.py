@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from pathlib import Path
 
 from train.config import TOKENIZER_NAMES, DataConfig
@@ -11,8 +12,10 @@ from train.data.huggingface import HuggingFaceTokenizer
 from train.data.sources import find_files, read_documents
 from train.data.tokenizer import KIND_KEY, TOKENIZER_FILE, ByteTokenizer, CharTokenizer, Tokenizer
 from train.errors import ConfigError
+from train.reading import reading, regular, without_panics
 
 _FIELD = "data.tokenizer"
+MAX_VOCABULARY = 1 << 24  # far beyond any in use; the library writes every id up to the largest
 
 
 def build_tokenizer(config: DataConfig) -> Tokenizer:
@@ -26,9 +29,9 @@ def build_tokenizer(config: DataConfig) -> Tokenizer:
         return ByteTokenizer()
     if name == "char":
         return _char_tokenizer(config)
-    path = Path(name).expanduser()
-    path = path / TOKENIZER_FILE if path.is_dir() else path
-    if path.is_file():
+    path = Path(os.path.expanduser(name))
+    path = path / TOKENIZER_FILE if os.path.isdir(path) else path
+    if os.path.exists(path):
         return _read(path, name)
     if "/" in name or "\\" in name or path.suffix:
         raise ConfigError(_FIELD, name, "no such file; `bytes`, `char`, or the path of a tokenizer.json")
@@ -64,14 +67,17 @@ def _char_tokenizer(config: DataConfig) -> CharTokenizer:
 
 
 def _read(path: Path, name: str) -> Tokenizer:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        kind = content.get(KIND_KEY)
+    with reading(_FIELD, name, "a tokenizer.json"):
+        content = json.loads(Path(regular(path)).read_text(encoding="utf-8-sig"))
+        kind = content.get(KIND_KEY) if isinstance(content, dict) else None
         if kind == "bytes":
             return ByteTokenizer()
         if kind == "char":
             return CharTokenizer(content["characters"])
-        return HuggingFaceTokenizer.from_file(path)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(_FIELD, name, f"is not a tokenizer.json ({detail})") from error
+        with without_panics():
+            tokenizer = HuggingFaceTokenizer.from_file(path)
+        if tokenizer.vocab_size > MAX_VOCABULARY:
+            raise ValueError(f"an id is beyond {MAX_VOCABULARY}")
+        tokenizer.name = name
+        return tokenizer
+    raise AssertionError  # for mypy: `reading` lets nothing through

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import html
 import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from matplotlib.figure import Figure
 
 from train.errors import ConfigError
 from train.fields import flatten, shown
+from train.reading import reading
 from train.report import figures
 from train.report.runs import Run, read_run
 from train.report.specialisation import Specialisation, try_specialisation
@@ -49,9 +51,9 @@ def write_report(directories: Sequence[str | os.PathLike[str]], output: str | No
     runs = _with_different_names([read_run(directory) for directory in directories])
     folder = Path(output) if output else runs[0].directory / "report"
     album = Album(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        names = ", ".join(run.name for run in runs)
+    names = ", ".join(run.name for run in runs)
+    # Matplotlib may raise anything over numbers that no training has written.
+    with reading("RUN", names, "a run that can be drawn"), _writing(folder):
         body = [f"<h1>{html.escape(names)}</h1>", _summary(runs), _differences(runs)]
         drawn, always_zero = figures.curves(runs)
         body += ["<h2>Training</h2>", album.show({"loss": figures.loss_curves(runs), **drawn})]
@@ -62,9 +64,16 @@ def write_report(directories: Sequence[str | os.PathLike[str]], output: str | No
         text = _document(names, body)
         path = folder / ("report.html" if len(runs) == 1 else "comparison.html")
         path.write_text(text, encoding="utf-8")
+    return path
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
         raise ConfigError("--output", folder, f"cannot be written: {error.strerror}") from error
-    return path
 
 
 class Album:

@@ -13,6 +13,7 @@ from train import metrics
 from train.config import TrainConfig
 from train.config_io import load_config, naming_versions, version_in
 from train.errors import ConfigError
+from train.reading import reading
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,11 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
       ConfigError: no training step has been logged yet.
     """
     path = Path(directory)
-    try:
-        config = path / "config.yaml"
-        with naming_versions(version_in(config), path / metrics.FILE_NAME):
-            lines = list(metrics.read(path / metrics.FILE_NAME))
-    except OSError as error:
-        raise ConfigError("RUN", directory, f"its metrics.jsonl cannot be read: {error.strerror}") from error
+    config = path / "config.yaml"
+    with reading("RUN", config, "a config"):
+        writer = version_in(config)
+    with naming_versions(writer, path / metrics.FILE_NAME):
+        lines = list(metrics.read(path / metrics.FILE_NAME))
     steps = [line for line in lines if "loss" in line]
     if not steps:
         raise ConfigError("RUN", directory, "has logged no step yet")

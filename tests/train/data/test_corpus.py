@@ -227,6 +227,13 @@ class TestErrors:
         (tmp_path / "a.zip").write_bytes(b"PK")
         self.check(tmp_path / "a.zip", r"^data.path = .*a.zip: unknown file type .zip; must be text, .jsonl")
         self.check(tmp_path / "*", r"unknown file type .zip")
+        (tmp_path / "a.zip").rename(tmp_path / "Thumbs.db")
+        (tmp_path / "._b.jsonl").write_text("left by a Mac")
+        (tmp_path / "lost+found").mkdir()
+        (tmp_path / "lost+found" / "b.jsonl").write_text("left by a repair")
+        (tmp_path / "b.txt").write_text("some text" * 9)
+        for path in (tmp_path, tmp_path / "*"):
+            assert load(path).ignored_files == 0
         (tmp_path / "b.txt").write_text("some text")
         (tmp_path / "c.jsonl").write_text('{"text": "a"}')
         self.check(tmp_path, r"several kinds \(jsonl, text\)")
@@ -245,7 +252,7 @@ class TestErrors:
             (b"{oops", r"line 3: is not JSON"),
             (b"[" * 100_000, r"line 3: is not JSON"),
             (b"[1]", r"line 3: must be a JSON object, is list"),
-            (b'{"text": "\xff"}', r"line 3: invalid UTF-8 at byte 10"),
+            (b'{"text": "\xff"}', r"line 3: is not JSON: invalid UTF-8 at byte 10"),
             (b'{"text": "\\ud800"}', r"line 3: half a surrogate pair"),
             (b'{"body": "a", "id": 1}', r"^data.text_field = text: is not in .*line 3, which has: body, id"),
             (b'{"text": null}', r"^data.text_field = text: must be a string in .*line 3, is NoneType"),
@@ -254,6 +261,12 @@ class TestErrors:
     def test_jsonl(self, tmp_path, line, pattern):
         (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\n\n' + line + b"\n")
         self.check(tmp_path / "a.jsonl", pattern)
+
+    def test_jsonl_as_editors_write_it(self, tmp_path):
+        (tmp_path / "a.jsonl").write_bytes(
+            b'\xef\xbb\xbf{"text": "one two"}\r\n\r\n \n{"text": "three four"}\r\n\r\n'
+        )
+        assert all_text(load(tmp_path / "a.jsonl")) == ["one two", "three four"]
 
     def test_parquet(self, tmp_path):
         write_parquet(tmp_path / "a.parquet", {"body": ["a"], "id": [1]})
@@ -267,6 +280,15 @@ class TestErrors:
         )
         write_parquet(tmp_path / "b.parquet", {"text": ["a", None]})
         self.check(tmp_path / "b.parquet", r"must be a string in .*row 1, is NoneType")
+        import pyarrow
+
+        buffers = [None, pyarrow.py_buffer(np.int32([0, 3, 6]).tobytes()), pyarrow.py_buffer(b"ab\xffcde")]
+        write_parquet(
+            tmp_path / "d.parquet", {"text": pyarrow.Array.from_buffers(pyarrow.string(), 2, buffers)}
+        )
+        self.check(
+            tmp_path / "d.parquet", r"^data.path = .*d.parquet row 0: is not text: invalid UTF-8 at byte 2"
+        )
         (tmp_path / "c.parquet").write_bytes(b"not parquet at all")
         self.check(tmp_path / "c.parquet", r"^data.path = .*c.parquet: is not a sound Parquet file")
 

@@ -94,6 +94,10 @@ def test_unsound_files(tmp_path):
     (tmp_path / "b.npy").write_bytes(b"not numpy")
     with pytest.raises(ConfigError, match=r"b.npy: is not a sound .npy file"):
         load(tmp_path / "b.npy")
+    np.savez(tmp_path / "z.npz", np.arange(9))
+    (tmp_path / "z.npz").rename(tmp_path / "z.npy")
+    with pytest.raises(ConfigError, match=r"z.npy: is not a sound .npy file"):
+        load(tmp_path / "z.npy")
     for array in (np.zeros((2, 3), np.int32), np.zeros(5)):
         np.save(tmp_path / "c.npy", array)
         with pytest.raises(ConfigError, match=r"c.npy: must be a one-dimensional array of integers, is"):

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -227,6 +228,54 @@ def test_a_file_that_is_no_tokenizer(tmp_path, content):
     with pytest.raises(ConfigError, match=r"^data.tokenizer = .*is not a tokenizer.json") as info:
         build_tokenizer(DataConfig(tokenizer=str(path)))
     assert "\n" not in str(info.value)
+
+
+def test_a_tokenizer_that_has_no_token_for_the_text(tmp_path):
+    words = tokenizers.models.WordLevel({"the": 0}, unk_token="[UNK]")
+    tokenizers.Tokenizer(words).save(str(tmp_path / "words.json"))
+    (tmp_path / "a.txt").write_text("the quick brown fox " * 9)
+    config = DataConfig(
+        path=str(tmp_path / "a.txt"), tokenizer=str(tmp_path / "words.json"), sequence_length=2
+    )
+    with pytest.raises(ConfigError, match=r"^data\.tokenizer = .*words\.json: .*UNK") as info:
+        load_corpus(config, build_tokenizer(config))
+    assert "\n" not in str(info.value)
+
+
+def test_a_panic_of_the_library_is_one_line(tmp_path, capfd):
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]], "unk_token": None}
+    content = {"version": "1.0", "model": model | {"continuing_subword_prefix": "longer than a token"}}
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    with pytest.raises(
+        ConfigError, match=r"^data\.tokenizer = .*: is not a tokenizer\.json: range .* out of range"
+    ):
+        build_tokenizer(DataConfig(tokenizer=str(tmp_path / "t.json")))
+    assert capfd.readouterr().err == ""
+
+
+def test_ids_beyond_every_vocabulary(tmp_path):
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"the": 0, "[UNK]": 7}, unk_token="[UNK]")
+    ).to_str()
+    (tmp_path / "words.json").write_text(words.replace('"[UNK]":7', f'"[UNK]":{2**31}'))
+    with pytest.raises(
+        ConfigError, match=r"^data\.tokenizer = .*: is not a tokenizer\.json: an id is beyond"
+    ):
+        build_tokenizer(DataConfig(tokenizer=str(tmp_path / "words.json")))
+
+
+def test_a_reader_beside_a_run_that_goes_on_meets_a_whole_tokenizer(tmp_path, monkeypatch):
+    CharTokenizer("abc").save(tmp_path)
+    write, met = Path.write_text, []
+
+    def half_written(path, text, **options):
+        write(path, text[: len(text) // 2], **options)
+        met.append(load_tokenizer(tmp_path).characters)
+        write(path, text, **options)
+
+    monkeypatch.setattr(Path, "write_text", half_written)
+    CharTokenizer("abcd").save(tmp_path)
+    assert met == ["abc"] and load_tokenizer(tmp_path).characters == "abcd"
 
 
 def test_a_directory_without_tokenizer(tmp_path):
