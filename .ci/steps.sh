@@ -91,29 +91,39 @@ types() {
   .venv/bin/mypy
 }
 
-# slow_tests [FIFTH] [PATH...]: the tests marked slow, or every fifth one of them.
+# slow_tests [--fifth N] [PATH...]: the tests marked slow, or every fifth one of them.
 slow_tests() {
-  .venv/bin/python -m pytest -m 'slow and not gpu and not compile_gpu' "$@"
+  .venv/bin/python -m pytest -n 2 --dist worksteal -m 'slow and not gpu and not compile_gpu' "$@"
 }
 
-# The quick suite with another Python and jax; the package is installed as a user would install it.
+# Damaged files for every reader: each is read, or refused in one line.
+fuzz() {
+  .venv/bin/python -m tests.fuzz --inputs 10000
+}
+
+# quick_tests_with PYTHON REQUIREMENT...: the quick tests with another Python and jax, against the wheel.
 quick_tests_with() {
   local version=$1 python
   shift
   python=$(find_python "$version")
-  make_environment "python$version" "$python" "$@" '.[test]'
-  (copy_tests "elsewhere$version" && "$work/python$version/bin/python" -m pytest \
-    -m 'not slow and not gpu and not compile_gpu and not repo')
+  make_environment "python$version" "$python" "$(wheel)[test]" "$@"
+  copy_tests "elsewhere$version"
+  "$work/python$version/bin/python" -m pytest -n 2 --dist worksteal \
+    -m 'not slow and not gpu and not compile_gpu and not repo'
+  cd "$work/tree"
 }
 
-# Everything of tests/compile_gpu with one pair of Python and jax: jax's CUDA plugin and compilers, no libraries, no GPU.
+# compile_for_gpus PYTHON JAX [PATH...]: tests/compile_gpu with one pair of Python and jax. It needs jax's CUDA plugin and
+# compilers, no CUDA libraries and no GPU.
 compile_for_gpus() {
   local version=$1 jax=$2 python
   shift 2
   python=$(find_python "$version")
-  make_environment "gpu$version" "$python" -e '.[test]' "jax==$jax" "jaxlib==$jax" "jax-cuda13-pjrt==$jax" \
+  make_environment "gpu$version" "$python" "$(wheel)[test]" "jax==$jax" "jaxlib==$jax" "jax-cuda13-pjrt==$jax" \
     "jax-cuda13-plugin==$jax" nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime
-  "$work/gpu$version/bin/python" -m pytest -m compile_gpu tests/compile_gpu "$@"
+  copy_tests "elsewhere-gpu$version"
+  "$work/gpu$version/bin/python" -m pytest -n 2 --dist loadfile -m compile_gpu "${@:-tests/compile_gpu}"
+  cd "$work/tree"
 }
 
 # A real Slurm and a real Open MPI, for the tests that start a run with them on this one machine.
@@ -135,19 +145,24 @@ copy_tests() {
 }
 
 build_wheel() {
-  rm -rf "$work/dist"
+  rm -rf "$work/dist" "$work/wheel"
   .venv/bin/pip wheel -q . --no-deps -w "$work/dist"
+}
+
+wheel() {
   local wheels=("$work"/dist/moejax-*.whl)
-  rm -f "$work/wheel/complete"
-  make_environment wheel python3 "${wheels[0]}[test]"
+  printf '%s' "${wheels[0]}"
 }
 
 # What a user does first with the wheel, and the tests that a wheel could fail: of files, paths and packages.
 use_wheel() {
+  make_environment wheel python3 "$(wheel)[test]"
   copy_tests elsewhere
   "$work/wheel/bin/moejax" doctor
   "$work/wheel/bin/moejax" train quickstart --steps 20 --eval.every 0 --workdir "$work/elsewhere/run"
-  "$work/wheel/bin/python" -m pytest -m 'wheel and not gpu and not compile_gpu'
+  "$work/wheel/bin/python" -m pytest -n 2 --dist worksteal -m 'not slow and not repo and not gpu and not compile_gpu' \
+    tests/test_plain_installation.py tests/custom_ops/test_native.py \
+    tests/train/test_{cli,config_io,doctor,export,report}.py
   cd "$work/tree"
 }
 
