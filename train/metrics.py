@@ -131,5 +131,5 @@ def _is_up_to(line: bytes, step: int, evaluated: bool) -> bool:
     try:
         record = json.loads(line)
         return record["step"] < step + (evaluated or EVALUATION not in record)
-    except (ValueError, KeyError, TypeError):
+    except Exception:  # a damaged line may hold anything, such as lists nested too deeply
         return False

@@ -1,5 +1,6 @@
 """What a run reports: exact metrics with each step once, a readable terminal, one run per directory."""
 
+import contextlib
 import json
 import logging
 import math
@@ -72,6 +73,14 @@ class TestMetrics:
         metrics.close()
         assert path.read_bytes() == kept + b'{"step": 3}\n'
         assert os.listdir(tmp_path) == ["m"]
+
+    def test_damaged_lines_are_cut_out(self, tmp_path):
+        whole = b'{"step": 1, "loss": 2.0}\n'
+        damage = (b"[" * 50_000, b"\0\0", b"[1]", b"{}", b'{"step": "1"}', b'{"step": 1', b"\xff")
+        (tmp_path / "metrics.jsonl").write_bytes(whole + b"\n".join(damage) + b"\n" + whole[:9])
+        with contextlib.closing(Metrics(tmp_path / "metrics.jsonl")) as metrics:
+            metrics.truncate_after(2)
+        assert (tmp_path / "metrics.jsonl").read_bytes() == whole
 
     def test_failed_cut_leaves_the_file(self, tmp_path, monkeypatch):
         metrics = Metrics(tmp_path / "m")
