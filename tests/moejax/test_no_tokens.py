@@ -1,4 +1,10 @@
-"""A batch without a single token, on one device and on two: nothing comes out, and every gradient is zero."""
+"""A batch without a single token, on one device and on two: nothing comes out, and every gradient is zero.
+
+The smallest program in which XLA's partitioner (Shardy's ManualComputationUnusedInputsPattern) dies in jax 0.11.2:
+
+    jax.jit(lambda y: jax.shard_map(lambda a, y: a.sum() + y, mesh=mesh, in_specs=P("e"), out_specs=P("e"))(
+        jnp.zeros((0, 4)), y))(jnp.ones((2, 4)))
+"""
 
 import jax
 import jax.numpy as jnp
