@@ -1,4 +1,4 @@
-"""What the arguments of the ops may be, by name; what they must be to each other stands in the ops.
+"""Rules for the arguments of the ops, by name. The ops themselves check how arguments must fit each other.
 
 Letters as in the ops: T tokens, K choices per token, N rows, D and F widths, E groups.
 """

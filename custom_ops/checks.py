@@ -80,7 +80,11 @@ def number(text: str, is_allowed: Callable[[float], bool]) -> Rule:
 
     def rule(argument: str, value: Any) -> float:
         is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-        require(is_number and is_allowed(value) and not math.isnan(value), argument, value, f"must be {text}")
+        try:
+            is_number = is_number and not math.isnan(value)
+        except OverflowError:  # an integer beyond all floats
+            is_number = False
+        require(is_number and is_allowed(value), argument, value, f"must be {text}")
         return value if isinstance(value, (int, float)) else value.item()
 
     return rule
@@ -160,7 +164,8 @@ def array(shape: str, kind: Any = None) -> Rule:
 
 
 def random_key(argument: str, value: Any) -> Any:
-    """A single key of `jax.random`, typed or of 32-bit words."""
+    """A single key of `jax.random`, typed or of 32-bit words; also the variable of a stream of `nnx.Rngs`."""
+    value = value.get_value() if hasattr(value, "get_value") else value
     is_key = isinstance(value, (jax.Array, np.ndarray)) and (
         value.ndim == 0
         if jnp.issubdtype(value.dtype, jax.dtypes.prng_key)

@@ -1,7 +1,7 @@
-"""What the arguments of the library may be, by name: the same name means the same everywhere.
+"""Rules for the arguments of the library, by name: the same name means the same everywhere.
 
-What arguments must be to each other (divide, fit, be fewer) stands where they meet. A name that means something else in
-one place gets its rule there: `checked(devices=...)`.
+Functions themselves check how arguments must fit each other (divide, be fewer). A name that means something else in one
+place gets its rule there: `checked(devices=...)`.
 
 Letters as in the layers: T tokens, B sequences, S positions, D model width, E experts, K experts per token.
 """

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from custom_ops.checks import BadArgument, function, instance_of, one_of, require
-from custom_ops.varying import varying_axes
+from custom_ops.varying import vary_like, varying_axes
 from moejax.arguments import POSITIVE_OR_INFINITE, checked
 from moejax.capacity import within_capacity
 from moejax.cost import Link
@@ -29,6 +29,8 @@ from moejax.wire import WIRES, row_bytes
 # What becomes of choices that find no room: "rounds" carries them out in further rounds; "drop" limits every expert
 # to its capacity, as GShard and Switch do, and counts what is beyond it or beyond a bucket.
 OVERFLOWS = ("rounds", "drop")
+# XLA's partitioner in jax 0.11 ends the process over empty arrays inside shard_map: tests/moejax/test_no_tokens.py.
+_EMPTY_ARRAYS_DIE = jax.__version_info__[:2] == (0, 11)
 # Largest load of an expert under "drop", in units of the mean load (Switch Transformer, section 3.1).
 DROP_CAPACITY_FACTOR = 1.25
 
@@ -142,9 +144,18 @@ def deliver(
     same = weights_TK.shape == ids_TK.shape
     require(same, "weights_TK", weights_TK, f"must have the shape of ids_TK, {list(ids_TK.shape)}")
     _check_axes(axes, token_axes)
-    if not x_TD.shape[0] and varying_axes(x_TD):
-        rule = "has no tokens, which XLA cannot compile inside jax.shard_map; give each device a token with ids -1"
-        raise BadArgument("x_TD", x_TD, rule)
+    own_tokens = x_TD.shape[0]
+    if not own_tokens and varying_axes(
+        x_TD
+    ):  # collectives do not take empty arrays, so a token that goes nowhere does
+        rule = (
+            "has no tokens, of which jax 0.11 dies inside jax.shard_map; give each device a token with ids -1"
+        )
+        require(not _EMPTY_ARRAYS_DIE, "x_TD", x_TD, rule)
+        absent = ((x_TD, 0), (ids_TK, -1), (weights_TK, 0))
+        x_TD, ids_TK, weights_TK = (
+            vary_like(jnp.full((1, array.shape[1]), fill, array.dtype), array) for array, fill in absent
+        )
     experts = _of_the_same_shape(experts)
     admitted_TK = ids_TK
     if overflow == "drop":
@@ -185,7 +196,8 @@ def deliver(
     served_TK = (admitted_TK >= 0) & (left_TK < 0)
     if shadow is not None:
         y_TD = y_TD + hot_TD
-    return y_TD, Account(served_TK, over_capacity, at_sender, rounds, jnp.stack(fills))
+    served_TK = served_TK[:own_tokens]
+    return y_TD[:own_tokens], Account(served_TK, over_capacity, at_sender, rounds, jnp.stack(fills))
 
 
 def levels_of(

@@ -277,7 +277,7 @@ class MoE(nnx.Module):
 
         sequence_length = x.shape[-2] if x.ndim > 2 else None
         if not x.size:
-            token_mask = jnp.zeros(x.shape[:-1], bool)  # what stands in for no tokens counts nowhere
+            token_mask = jnp.zeros(x.shape[:-1], bool)  # `over_tokens` adds tokens, which must count nowhere
             sequence_length = None if sequence_length is None else 1
 
         def run(params, replicated, *tokens):

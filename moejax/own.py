@@ -1,6 +1,6 @@
-"""What the layer asks of a router, experts or options that are the caller's own, found when it is built.
+"""Checks of a caller's own router, experts and options, made when the layer is built.
 
-What a router decides is checked when it is called: `moejax.routing.check`.
+`moejax.routing.check` checks a router's decisions when it is called.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from custom_ops.checks import BadArgument, array, require
+from custom_ops.checks import BadArgument, array, one_of, require
+from moejax.mesh import LOGICAL_AXES
 from moejax.routing import ROUTERS, LinearRouter, router_options
 
 
@@ -58,6 +59,8 @@ def check_own_experts(experts: Any, num_experts: int) -> None:
     )
     for path, variable in nnx.to_flat_state(nnx.state(experts)):
         names = tuple(variable.get_metadata("axes", ()))
+        for name in names:
+            one_of(LOGICAL_AXES)(f"axes of experts.{'.'.join(map(str, path))}", name)
         if "experts" in names:
             count = variable.shape[names.index("experts") - len(names)]
             rule = f"{'.'.join(map(str, path))} is of {count} experts, num_experts is {num_experts}"

@@ -11,14 +11,15 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 # Most of the suite's time is compilation; the programs are tiny, so LLVM need not optimise them, and jax 0.10 need not
-# take its slower way to LLVM. `.ci/all` runs what is promised to the bit as users run it too.
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        "--xla_backend_optimization_level=0",
-        *["--xla_cpu_use_fusion_emitters=false"] * importlib.metadata.version("jax").startswith("0.10."),
-        os.environ.get("XLA_FLAGS", ""),
-    ]
-)
+# take its slower way to LLVM. With MOEJAX_TEST_AS_SHIPPED they are compiled as users compile them.
+if not os.environ.get("MOEJAX_TEST_AS_SHIPPED"):
+    os.environ["XLA_FLAGS"] = " ".join(
+        [
+            "--xla_backend_optimization_level=0",
+            *["--xla_cpu_use_fusion_emitters=false"] * importlib.metadata.version("jax").startswith("0.10."),
+            os.environ.get("XLA_FLAGS", ""),
+        ]
+    )
 
 import jax
 import pytest

@@ -15,7 +15,7 @@ from moejax.routing.router import BadOption
 
 @dataclass(frozen=True)
 class ExpertGroups:
-    """Cuts E experts into G consecutive groups, of which `limit` are open to a token (DeepSeek-V2, section 2.2.2).
+    """Cuts E experts into G consecutive groups and opens `limit` of them to a token (DeepSeek-V2, section 2.2.2).
 
     Fields:
       groups: G.

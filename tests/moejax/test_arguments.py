@@ -135,7 +135,7 @@ RECORDS = {
 }
 
 NOT_WHOLE = ["3", 2.0, True, math.nan, [2], 2.5]
-NOT_A_NUMBER = ["0.1", True, math.nan, [0.1], jnp.ones(2), -1, -math.inf]
+NOT_A_NUMBER = ["0.1", True, math.nan, [0.1], jnp.ones(2), -1, -math.inf, 10**400]
 SIZE, COUNT = [*NOT_WHOLE, 0, -1], [*NOT_WHOLE, -1]
 WEIGHT, POSITIVE = [*NOT_A_NUMBER, math.inf], [*NOT_A_NUMBER, math.inf, 0, 0.0]
 FLAG, NAME = [1, 0.0, "yes", [True]], ["nope", "", 3, True, ["none"]]

@@ -57,6 +57,8 @@ WHOLE_RUN = SMALL | {
     "optimizer.b1": 0.8,
     "optimizer.b2": 0.9,
     "optimizer.weight_decay": 0.2,
+    "model.moe.shared_hidden": 12,
+    "model.moe.shared_gate": True,
     "optimizer.clip_norm": 0.5,
     "optimizer.accumulation_steps": 2,
     "mesh.data": 2,
