@@ -81,7 +81,7 @@ def test_readmes_two_commands_are_one_literal_line_each():
         assert not re.search(r"[<>$\\…]", block), "a placeholder or a continued line"
     steps = "moejax train configs/quickstart.py", "moejax eval ", "moejax generate "
     assert all(f".venv/bin/{step}" in run for step in steps)
-    assert test.strip().endswith("-m pytest")
+    assert test.strip().endswith("-m pytest -n 2 --dist worksteal")
 
 
 def test_readmes_commands_and_configs_exist():

@@ -45,13 +45,13 @@ def run(d_head, dtype=jnp.bfloat16, segments=None):
     ("capability", "d_head", "dtype", "implementation"),
     [
         (9.0, 64, jnp.bfloat16, "cudnn"),
-        (9.0, 256, jnp.bfloat16, "cudnn"),
+        pytest.param(9.0, 256, jnp.bfloat16, "cudnn", marks=pytest.mark.slow),
         (8.0, 128, jnp.bfloat16, "cudnn"),
         (8.0, 136, jnp.bfloat16, "xla"),
-        (9.0, 264, jnp.bfloat16, "xla"),
+        pytest.param(9.0, 264, jnp.bfloat16, "xla", marks=pytest.mark.slow),
         (9.0, 20, jnp.bfloat16, "xla"),
         (9.0, 64, jnp.float32, "xla"),
-        (7.5, 64, jnp.bfloat16, "xla"),
+        pytest.param(7.5, 64, jnp.bfloat16, "xla", marks=pytest.mark.slow),
         (None, 64, jnp.bfloat16, "xla"),
     ],
 )

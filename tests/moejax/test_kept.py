@@ -42,7 +42,13 @@ def test_rows_are_sent_again_once_per_level(layout, levels):
 
 @pytest.mark.parametrize("layout", [(2, 1, 4), (1, 2, 2)], ids=str)
 @pytest.mark.parametrize(
-    "options", [{}, {"exchange": "all_gather"}, {"exchange": "ragged", "chunks": 2}], ids=str
+    "options",
+    [
+        {},
+        pytest.param({"exchange": "all_gather"}, marks=pytest.mark.slow),
+        pytest.param({"exchange": "ragged", "chunks": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_rows_sent_again_change_nothing(layout, options):
     assert_equals_oracle(make_layer(2, received="resend", **options), *draw(), mesh=make_mesh(*layout))

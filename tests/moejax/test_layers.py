@@ -80,7 +80,7 @@ def assert_same_as_naive(module, call, naive):
         tolerance.assert_close(a, b, tolerance.F32, jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("packed", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_attention(packed):
     segments = SEGMENTS if packed else None
     module = Attention(D, H, num_kv_heads=G, rope_theta=THETA, rngs=nnx.Rngs(0))

@@ -67,8 +67,8 @@ def weighted_sum(depth, mesh, *, scanned=False, **options):
 @pytest.mark.parametrize(
     "case",
     [
-        dict(depth=1, layout=(1, 1, 4)),
-        dict(depth=2, layout=(2, 1, 4), received="resend"),
+        pytest.param(dict(depth=1, layout=(1, 1, 4)), marks=pytest.mark.slow),
+        pytest.param(dict(depth=2, layout=(2, 1, 4), received="resend"), marks=pytest.mark.slow),
         dict(depth=2, layout=(1, 2, 2), scanned=True, shadow=2, chunks=2),
     ],
     ids=str,

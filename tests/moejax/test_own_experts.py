@@ -42,7 +42,7 @@ class Counted(nnx.Module):
         return unpermute(y_ND, plan, weights_TK)
 
 
-@pytest.mark.parametrize("shadow", [0, 1])
+@pytest.mark.parametrize("shadow", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_experts_of_ones_own_with_integers_and_keys_go_through_the_loop_of_rounds(shadow):
     x, dy = draw(skew=6.0)
     experts = Counted(nnx.Rngs(3))
@@ -78,7 +78,7 @@ def different_experts():
     return [moejax.FeedForward(D, 8 + 4 * n, rngs=rngs) for n in range(E - 2)] + [Half(), Direction()]
 
 
-@pytest.mark.parametrize("data", [1, 4])
+@pytest.mark.parametrize("data", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_a_list_of_different_experts(data):
     x, dy = draw()
     layer = make_layer(2, experts=different_experts())

@@ -59,7 +59,7 @@ def assert_same(actual, expected, tol):
         tolerance.assert_close(a, b, tol, jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("layout", [(2, 1), (2, 4)], ids=str)
+@pytest.mark.parametrize("layout", [pytest.param((2, 1), marks=pytest.mark.slow), (2, 4)], ids=str)
 def test_layouts_agree(layout):
     data, expert = layout
     mesh = moejax.make_mesh(data=data, expert=expert, devices=jax.devices()[: data * expert])

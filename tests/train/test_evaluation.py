@@ -75,6 +75,7 @@ def test_the_best_evaluation_makes_a_checkpoint_of_its_own(run, monkeypatch):
     assert small.read_metrics(run.workdir)[-1]["eval/loss"] == pytest.approx(0.27)
 
 
+@pytest.mark.slow
 def test_the_evaluation_of_what_becomes_the_last_step_is_made_whole(run):
     options = ("--eval.every", 2, "--eval.max_batches", 1)
     assert run("--steps", 4, *options) == 0
@@ -90,6 +91,7 @@ def test_the_evaluation_of_what_becomes_the_last_step_is_made_whole(run):
     assert part["step"] == 2 and part["eval/loss"] != pytest.approx(whole, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_generation_is_greedy_at_temperature_0_and_equals_the_whole_forward(run, monkeypatch):
     assert run("--steps", 12, "--optimizer.warmup_steps", 1, "--optimizer.learning_rate", 0.01) == 0
     config, tokenizer = load_config(run.workdir / "config.yaml"), load_tokenizer(run.workdir)

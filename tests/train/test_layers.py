@@ -57,6 +57,7 @@ def four_and_eight(router, accumulation=1, **routing):
     return dataclasses.replace(run, model=dataclasses.replace(run.model, remat="full"))
 
 
+@pytest.mark.slow
 def test_layers_have_numbers_of_experts_of_their_own():
     run = four_and_eight("sigmoid", accumulation=2, bias_rate=0.01, balance_weight=0.01)
     validate(run, 2)
@@ -76,6 +77,7 @@ def test_layers_have_numbers_of_experts_of_their_own():
         np.testing.assert_array_equal(bias, np.float32(0.01) * np.sign(even - load[layer, :experts]))
 
 
+@pytest.mark.slow
 def test_experts_that_a_layer_lacks_are_not_dead():
     run = four_and_eight("one")
     trainer = small.Steps(run)
@@ -96,6 +98,7 @@ def test_numbers_of_experts_train_alike_on_devices_and_in_parts():
     np.testing.assert_allclose(sums[2], sums[0], rtol=tolerance.F32_MODEL)
 
 
+@pytest.mark.slow
 def test_evaluation_counts_the_experts_there_are():
     run = four_and_eight("topk")
     trainer, batch = small.Steps(run), small.random_batch(run, 1)

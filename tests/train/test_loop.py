@@ -148,6 +148,7 @@ def test_nan_rolls_back_to_the_checkpoint_and_leaves_bad_batches_out(run, monkey
     assert "step 8 gave NaN: back to step 5, and on with the batch after the bad one" in log
 
 
+@pytest.mark.slow
 def test_nan_rolls_back_ten_times_at_most(run, capsys, monkeypatch):
     monkeypatch.setattr(loop, "MAX_ROLLBACKS", 1)
     options = ("--optimizer.learning_rate", 1e38, "--optimizer.warmup_steps", 0)
@@ -296,6 +297,7 @@ def test_kill_and_sigterm_cost_nothing(run, tmp_path):
     assert small.read_metrics(workdir) == small.read_metrics(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_signal_cuts_an_evaluation_short_and_the_same_command_does_it_whole(run, monkeypatch, capsys):
     taken, signals = [], set()
 
@@ -332,6 +334,7 @@ def test_a_signal_cuts_an_evaluation_short_and_the_same_command_does_it_whole(ru
     assert "already finished" in (run.workdir / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_that_begins_anew_in_a_used_workdir_says_so(run):
     assert run("--steps", 2) == 0
     shutil.move(run.workdir / "checkpoints" / "2", run.workdir / "checkpoints" / ".replaced-2")

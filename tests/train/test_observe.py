@@ -31,7 +31,7 @@ def naive_sums(model, batch):
     return np.array(load), np.array(together), np.array(first)
 
 
-@pytest.mark.parametrize("layout", [(1, 1), (2, 4)], ids=str)
+@pytest.mark.parametrize("layout", [pytest.param((1, 1), marks=pytest.mark.slow), (2, 4)], ids=str)
 def test_sums_are_those_of_the_routers_decisions(layout):
     run = small.config()
     trainer, batch = small.Steps(run, *layout), small.random_batch(run, 1)
@@ -101,6 +101,7 @@ def test_numbers_of_an_evaluation():
     assert again["moe/changed"] == 0.25 and again["moe/layers/changed"].tolist() == [0.5, 0]
 
 
+@pytest.mark.slow
 def test_what_changed_is_the_same_after_a_resume(tmp_path):
     run = small.config(steps=6)
     text = str(small.write_text(tmp_path / "text"))

@@ -425,8 +425,16 @@ if os.environ["MOEJAX_PROCESS_ID"] == "1":
     ("change", "options", "name", "values"),
     [
         (None, ("--seed", 7), "seed", ("0", "7")),
-        ("flatten(config) | {'new': 1}", (), "new", ("(no such field)", "1")),
-        ("{k: v for k, v in flatten(config).items() if k != 'seed'}", (), "seed", ("0", "(no such field)")),
+        pytest.param(
+            "flatten(config) | {'new': 1}", (), "new", ("(no such field)", "1"), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "{k: v for k, v in flatten(config).items() if k != 'seed'}",
+            (),
+            "seed",
+            ("0", "(no such field)"),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["value", "field more", "field less"],
 )

@@ -28,7 +28,7 @@ LAYOUTS = {
     "2 nodes of 2 experts": dict(expert_node=2, expert=2),
     "data 2, expert 2, fsdp": dict(data=2, expert=2, fsdp=True),
 }
-QUICK = ("one device", "tensor 2, expert 2", "2 nodes of 2 experts")
+QUICK = ("2 nodes of 2 experts",)
 
 
 def program_on(layout):

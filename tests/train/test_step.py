@@ -33,7 +33,7 @@ def losses(run, data, expert, steps, **axes):
     return np.asarray([[float(r["loss"]), float(r["aux_loss"]), float(r["grad_norm"])] for r in reports])
 
 
-@pytest.mark.parametrize("layout", [(2, 1), (2, 4)], ids=str)
+@pytest.mark.parametrize("layout", [pytest.param((2, 1), marks=pytest.mark.slow), (2, 4)], ids=str)
 def test_layouts_train_alike(layout):
     run = small.config(steps=50)
     expected = losses(run, 1, 1, 10)
@@ -41,15 +41,14 @@ def test_layouts_train_alike(layout):
     assert expected[-1, 0] < expected[0, 0] - 0.01, "it learns"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [
         dict(axes=dict(expert=8)),
-        pytest.param(dict(axes=dict(data=2, expert=4), layers=6, remat="full"), marks=pytest.mark.slow),
-        pytest.param(dict(axes=dict(data=2, expert=4), fsdp=True), marks=pytest.mark.slow),
-        pytest.param(
-            dict(axes=dict(expert_node=2, expert=2, tensor=2), accumulation=2), marks=pytest.mark.slow
-        ),
+        dict(axes=dict(data=2, expert=4), layers=6, remat="full"),
+        dict(axes=dict(data=2, expert=4), fsdp=True),
+        dict(axes=dict(expert_node=2, expert=2, tensor=2), accumulation=2),
     ],
     ids=str,
 )
@@ -144,7 +143,7 @@ class DenseMoE(moejax.MoE):
         )
 
 
-@pytest.mark.parametrize("layout", [(1, 1), (2, 4)], ids=str)
+@pytest.mark.parametrize("layout", [pytest.param((1, 1), marks=pytest.mark.slow), (2, 4)], ids=str)
 def test_gradients_at_step_0_are_those_of_the_dense_oracle(layout, monkeypatch):
     run = small.config()
     trainer = small.Steps(run, *layout)
@@ -187,7 +186,7 @@ def test_bf16_trains_over_f32_parameters():
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(trainer.state.params))
 
 
-@pytest.mark.parametrize("layout", [(1, 1), (2, 4)], ids=str)
+@pytest.mark.parametrize("layout", [pytest.param((1, 1), marks=pytest.mark.slow), (2, 4)], ids=str)
 def test_the_compiled_step_never_talks_to_the_host(layout):
     run = small.config()
     trainer = small.Steps(run, *layout)
@@ -203,6 +202,7 @@ def test_a_host_callback_would_be_seen():
     assert "callback" in text
 
 
+@pytest.mark.slow
 def test_global_norm_counts_every_expert_once():
     run = small.config()
     norms = []
@@ -304,7 +304,12 @@ def spoiled(params, block, repetition, *names, value):
         ((0, 1, "ffn", "w_out"), np.nan, "layer 2 is the first whose output is not finite"),
         # The z-loss overflows: every output is finite, but not what goes back from this router.
         ((1, 0, "ffn", "router", "w_DE"), 1e25, "the gradient of ffn_norm.scale in layer 1 is not finite"),
-        ((1, 1, "ffn", "router", "w_DE"), 1e25, "the gradient of ffn_norm.scale in layer 3 is not finite"),
+        pytest.param(
+            (1, 1, "ffn", "router", "w_DE"),
+            1e25,
+            "the gradient of ffn_norm.scale in layer 3 is not finite",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )
@@ -366,6 +371,7 @@ class Drawn(moejax.routing.TopK):
         return dataclasses.replace(routing, ids_TK=jnp.where(routing.valid_T[:, None], ids_TK, -1))
 
 
+@pytest.mark.slow
 def test_routers_get_token_ids_and_a_key_of_their_layer_and_step(monkeypatch):
     monkeypatch.setitem(moejax.routing.ROUTERS, "topk", Drawn)
     run = small.config(model=dataclasses.replace(small.config().model, num_layers=4))
