@@ -8,6 +8,7 @@ Letters as in the layers: T tokens, B sequences, S positions, D model width, E e
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
@@ -23,7 +24,6 @@ from custom_ops.checks import (
     flag,
     floating_dtype,
     function,
-    instance_of,
     number,
     random_key,
     whole,
@@ -45,6 +45,23 @@ SHARE = number("between 0 and 1", lambda value: 0 <= value <= 1)
 def text(argument: str, value: Any) -> str:
     """A name, which is looked up elsewhere."""
     require(isinstance(value, str), argument, value, "must be a name")
+    return value
+
+
+def streams(argument: str, value: Any) -> nnx.Rngs:
+    """Streams of random numbers, one for parameters among them."""
+    is_rngs = isinstance(value, nnx.Rngs) and (hasattr(value, "params") or hasattr(value, "default"))
+    require(is_rngs, argument, value, "must be nnx.Rngs with a stream for parameters, such as nnx.Rngs(0)")
+    return value
+
+
+def experts_function(argument: str, value: Any) -> Any:
+    """Experts as a function or a module of three arguments."""
+    try:
+        inspect.signature(value).bind(None, None, None)
+    except TypeError:
+        rule = "must be a function or a module experts(x_TD, plan, weights_TK) -> y_TD"
+        raise BadArgument(argument, value, rule) from None
     return value
 
 
@@ -116,7 +133,7 @@ RULES: dict[str, Rule] = arguments.RULES | {
     "token_ids_T": array("[T]", jnp.integer),
     "key": random_key,
     # The rest
-    "rngs": instance_of(nnx.Rngs, "nnx.Rngs, such as nnx.Rngs(0)"),
+    "rngs": streams,
     "dtype": floating_dtype,
     "fn": function,
     **dict.fromkeys(("moe", "moe_of_layer"), mapping),

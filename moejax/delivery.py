@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from custom_ops.checks import BadArgument, function, instance_of, one_of, require
+from custom_ops.checks import BadArgument, instance_of, one_of, require
 from custom_ops.varying import vary_like, varying_axes
-from moejax.arguments import POSITIVE_OR_INFINITE, checked
+from moejax.arguments import POSITIVE_OR_INFINITE, checked, experts_function
 from moejax.capacity import within_capacity
 from moejax.cost import Link
 from moejax.dispatch import ExpertsFn, dispatch
@@ -87,7 +87,7 @@ def _axis_names(argument: str, value: Any) -> tuple[str, ...]:
 
 
 @checked(
-    experts=function,
+    experts=experts_function,
     axes=_axis_names,
     token_axes=_axis_names,
     exchange=one_of(EXCHANGES),

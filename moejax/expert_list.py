@@ -31,7 +31,10 @@ class ExpertList(nnx.Module):
     @checked()
     def __init__(self, experts: Sequence[nnx.Module], num_experts: int):
         is_list = isinstance(experts, (Sequence, nnx.List)) and not isinstance(experts, str)
-        require(is_list, "experts", experts, f"must be a list of num_experts ({num_experts}) modules")
+        rule = (
+            f"must be the name of an activation, a module, or a list of num_experts ({num_experts}) modules"
+        )
+        require(is_list, "experts", experts, rule)
         for number, expert in enumerate(experts):
             rule = "must be a module that can be called, expert(x_TD) -> y_TD"
             require(callable(expert) and not isinstance(expert, type), f"experts[{number}]", expert, rule)

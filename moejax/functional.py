@@ -14,8 +14,8 @@ from custom_ops import grouped_matmul as grouped_matmul
 from custom_ops import make_plan as make_plan
 from custom_ops import permute as permute
 from custom_ops import unpermute as unpermute
-from custom_ops.checks import BadArgument, function, one_of, require
-from moejax.arguments import POSITIVE_OR_INFINITE, checked
+from custom_ops.checks import BadArgument, one_of, require
+from moejax.arguments import POSITIVE_OR_INFINITE, checked, experts_function
 from moejax.delivery import Account as Account
 from moejax.delivery import deliver as deliver
 from moejax.dispatch import ExpertsFn
@@ -51,7 +51,7 @@ def on_rows(fn: Callable[[jax.Array, jax.Array], jax.Array]) -> ExpertsFn:
     return experts
 
 
-@checked(experts=function, exchange=one_of(EXCHANGES), capacity_factor=POSITIVE_OR_INFINITE)
+@checked(experts=experts_function, exchange=one_of(EXCHANGES), capacity_factor=POSITIVE_OR_INFINITE)
 def moe(
     x_TD: jax.Array,
     ids_TK: jax.Array,

@@ -179,7 +179,7 @@ BAD = {
                moejax.TopK(2 * D, E, rngs=rngs())],
     "experts": [*MODULE, "reluu", {}, [jax.nn.relu], moejax.Experts(2 * E, D, F, rngs=rngs())],
     "devices": [3, "gpu", [], [0, 1], True],
-    "rngs": [0, KEY, "0", {"params": 0}],
+    "rngs": [0, KEY, "0", {"params": 0}, nnx.Rngs(dropout=1)],
     "dtype": DTYPE,
     "key": [0, 1.5, "key", jnp.ones(2), jax.random.split(KEY), [0, 1]],
     "fn": [3, "relu", jnp.ones(2)],
@@ -211,7 +211,7 @@ BAD = {
 }  # fmt: skip
 # Where a name means something else, or more is allowed.
 BAD |= {
-    "experts of moe": [3, "relu", None],
+    "experts of moe": [3, "relu", None, lambda x_TD: x_TD],
     "experts of deliver": [3, "relu", None, lambda x_TD, *_: x_TD[:, :3]],
     "capacity_factor of moe": [*NOT_A_NUMBER, 0],
     "capacity_factor of deliver": [*NOT_A_NUMBER, 0],
