@@ -15,13 +15,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from train.checkpoint_files import checkpoint_steps, read_record
+from train.checkpoint_files import RECORD, checkpoint_steps, read_record
 from train.config import TOKENIZER_NAMES, TrainConfig
 from train.config_io import PATHS
 from train.data import Corpus, Tokenizer, build_tokenizer, load_corpus
 from train.data.tokenizer import TOKENIZER_FILE
 from train.errors import ConfigError
 from train.fields import get, override
+from train.integrity import has_its_hash
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,11 @@ def marks(corpus: Corpus, workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def read_began(workdir: pathlib.Path) -> Began | None:
-    """What the newest readable record of a run says; None where it has no checkpoint."""
+    """What the newest sound record of a run says; None where it has no checkpoint."""
     checkpoints = workdir / "checkpoints"
     for step in reversed(checkpoint_steps(checkpoints)):
+        if not has_its_hash(checkpoints / str(step), RECORD):
+            continue
         with contextlib.suppress(Exception):  # damaged, or removed by a running training: restoring says so
             record = read_record(checkpoints, step)
             extra, data_state = record["extra"], record["data_state"]

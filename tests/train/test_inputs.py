@@ -14,6 +14,7 @@ from train.config_io import load_config, save_config
 from train.data import load_tokenizer
 from train.errors import ConfigError
 from train.inputs import marks, read_began, read_inputs
+from train.integrity import hash_lines, write_manifest
 
 
 @pytest.fixture
@@ -39,14 +40,20 @@ def begin(folder, **fields):
     run = folder / "run"
     places = {name: str(folder / value) for name, value in fields.items()}
     inputs = read_inputs(typed(**places), run, None, None)
-    (run / "checkpoints" / "2").mkdir(parents=True)
     record = {
         "data_state": {"tokenizer_hash": inputs.corpus.tokenizer_hash},
         "extra": marks(inputs.corpus, run),
     }
-    (run / "checkpoints" / "2" / "record.json").write_text(json.dumps(record))
+    write_record(run, 2, json.dumps(record))
     save_config(inputs.config, run / "config.yaml")
     inputs.tokenizer.save(run)
+
+
+def write_record(run, step, content):
+    checkpoint = run / "checkpoints" / str(step)
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    (checkpoint / "record.json").write_text(content)
+    write_manifest(checkpoint, hash_lines(checkpoint))
 
 
 def go_on(folder, **fields):
@@ -146,10 +153,19 @@ def test_without_a_checkpoint_there_is_nothing_to_be_the_same_as(project):
     shutil.rmtree(project / "run" / "checkpoints")
     held_out = str(project / "held-out.txt")
     assert go_on(project, path=held_out).config.data.path == held_out
-    (project / "run" / "checkpoints" / "2").mkdir(parents=True)
     for content in ("", "[]", '{"extra": 3}'):
-        (project / "run" / "checkpoints" / "2" / "record.json").write_text(content)
+        write_record(project / "run", 2, content)
         assert read_began(project / "run") is None
+
+
+def test_a_record_that_is_not_what_was_written_is_passed_over(project):
+    checkpoints = project / "run" / "checkpoints"
+    began = read_began(project / "run")
+    shutil.copytree(checkpoints / "2", checkpoints / "4")
+    record = checkpoints / "4" / "record.json"
+    record.write_text(record.read_text().replace(began.content_hash, began.content_hash[::-1]))
+    assert read_began(project / "run") == began
+    go_on(project, **{name: str(project / value) for name, value in RELATIVE.items()})
 
 
 def test_a_file_with_the_name_of_a_tokenizer_is_no_path(tmp_path, monkeypatch):
