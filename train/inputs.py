@@ -17,7 +17,7 @@ from typing import Any
 
 from train.checkpoint_files import RECORD, checkpoint_steps, read_record
 from train.config import TOKENIZER_NAMES, TrainConfig
-from train.config_io import PATHS
+from train.config_io import PATHS, run_directory_in
 from train.data import Corpus, Tokenizer, build_tokenizer, load_corpus
 from train.data.tokenizer import TOKENIZER_FILE
 from train.errors import ConfigError
@@ -27,13 +27,13 @@ from train.integrity import has_its_hash
 
 @dataclass(frozen=True)
 class Began:
-    """What the checkpoints of a run say of the files that it began with.
+    """What a run says of the files that it began with.
 
     Fields:
       content_hash: of the data.
       tokenizer_hash: of the tokenizer.
       tokens: of the training split; None where an older version wrote the checkpoint.
-      run_directory: where the run was; None where an older version wrote the checkpoint.
+      run_directory: where the run was when its paths were written; None where nothing says so.
     """
 
     content_hash: str
@@ -59,19 +59,20 @@ class Inputs:
     moved: tuple[str, ...] = ()
 
 
-def marks(corpus: Corpus, workdir: pathlib.Path) -> dict[str, Any]:
+def marks(corpus: Corpus) -> dict[str, Any]:
     """What a checkpoint's `extra` has for `read_began`."""
-    run_directory = os.path.abspath(workdir)
-    return {
-        "content_hash": corpus.content_hash,
-        "tokens": corpus.train.num_tokens,
-        "run_directory": run_directory,
-    }
+    return {"content_hash": corpus.content_hash, "tokens": corpus.train.num_tokens}
 
 
 def read_began(workdir: pathlib.Path) -> Began | None:
-    """What the newest sound record of a run says; None where it has no checkpoint."""
+    """What the newest sound record of a run says; None where it has no checkpoint.
+
+    The run's folder comes from its config.yaml, which has the paths; from the record where the config has none.
+    """
     checkpoints = workdir / "checkpoints"
+    run_directory = None
+    with contextlib.suppress(ConfigError):  # whoever reads the config says so
+        run_directory = run_directory_in(workdir / "config.yaml")
     for step in reversed(checkpoint_steps(checkpoints)):
         if not has_its_hash(checkpoints / str(step), RECORD):
             continue
@@ -82,7 +83,7 @@ def read_began(workdir: pathlib.Path) -> Began | None:
                 str(extra["content_hash"]),
                 str(data_state["tokenizer_hash"]),
                 extra.get("tokens"),
-                extra.get("run_directory"),
+                run_directory or extra.get("run_directory"),
             )
     return None
 

@@ -168,7 +168,7 @@ def _train(config: TrainConfig, directory: Workdir, failure: NotFinite | None) -
                 reporter.flush()
                 with monitor.paused(), watchdog.paused():
                     reporter.refuse_broken(step, state.params)
-                    extra = {**marks(corpus, workdir), **found}
+                    extra = {**marks(corpus), **found}
                     checkpoints.save(step, state, batches.get_state(), extra)
 
             if stopping and not (last and found):

@@ -42,7 +42,7 @@ def begin(folder, **fields):
     inputs = read_inputs(typed(**places), run, None, None)
     record = {
         "data_state": {"tokenizer_hash": inputs.corpus.tokenizer_hash},
-        "extra": marks(inputs.corpus, run),
+        "extra": marks(inputs.corpus),
     }
     write_record(run, 2, json.dumps(record))
     save_config(inputs.config, run / "config.yaml")
@@ -82,6 +82,25 @@ def test_a_moved_project_goes_on_with_the_same_command(project, monkeypatch):
         assert inputs.config.data.path == expected["path"], "found from the run's own folder"
     inputs = read_inputs(earlier, new / "run", earlier, read_began(new / "run"), load_tokenizer(new / "run"))
     assert inputs.config.data.validation_path == expected["validation_path"], "as `moejax eval` does"
+
+
+def test_a_project_may_move_twice_between_two_checkpoints(project, monkeypatch):
+    monkeypatch.chdir(project.parent)
+    for name in ("new", "newer", "newest"):
+        project = project.rename(project.with_name(name))
+        inputs = go_on(project, **RELATIVE)
+        assert inputs.config.data.path == str(project / "text.txt")
+        save_config(inputs.config, project / "run" / "config.yaml")
+
+
+def test_the_folder_of_a_run_whose_config_does_not_say_it_comes_from_its_record(project):
+    config = project / "run" / "config.yaml"
+    config.write_text(config.read_text().partition("run_directory:")[0])
+    assert read_began(project / "run").run_directory is None
+    record = json.loads((project / "run" / "checkpoints" / "2" / "record.json").read_text())
+    record["extra"]["run_directory"] = "/before/run"
+    write_record(project / "run", 2, json.dumps(record))
+    assert read_began(project / "run").run_directory == "/before/run"
 
 
 def test_data_that_moved_alone_goes_on_where_it_is_named(project, tmp_path):
