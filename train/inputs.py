@@ -33,12 +33,14 @@ class Began:
       content_hash: of the data.
       tokenizer_hash: of the tokenizer.
       tokens: of the training split; None where an older version wrote the checkpoint.
+      validation_tokens: of the validation split; None likewise.
       run_directory: where the run was when its paths were written; None where nothing says so.
     """
 
     content_hash: str
     tokenizer_hash: str
     tokens: int | None
+    validation_tokens: int | None
     run_directory: str | None
 
 
@@ -61,7 +63,11 @@ class Inputs:
 
 def marks(corpus: Corpus) -> dict[str, Any]:
     """What a checkpoint's `extra` has for `read_began`."""
-    return {"content_hash": corpus.content_hash, "tokens": corpus.train.num_tokens}
+    return {
+        "content_hash": corpus.content_hash,
+        "tokens": corpus.train.num_tokens,
+        "validation_tokens": corpus.validation.num_tokens,
+    }
 
 
 def read_began(workdir: pathlib.Path) -> Began | None:
@@ -83,6 +89,7 @@ def read_began(workdir: pathlib.Path) -> Began | None:
                 str(extra["content_hash"]),
                 str(data_state["tokenizer_hash"]),
                 extra.get("tokens"),
+                extra.get("validation_tokens"),
                 run_directory or extra.get("run_directory"),
             )
     return None
@@ -180,9 +187,14 @@ def _refuse_other_content(
     if config.data.path == earlier.data.path and config.data.validation_path != earlier.data.validation_path:
         field = "data.validation_path"
     _refuse(field, config, earlier, began.content_hash, corpus.content_hash)
-    if began.tokens not in (None, corpus.train.num_tokens):
-        rule = f"gives {corpus.train.num_tokens} training tokens, but the run began with {began.tokens}"
-        raise ConfigError(field, get(config, field), f"{rule}; name the same file with the same ending")
+    held_out = "data.path" if config.data.validation_path is None else "data.validation_path"
+    for name, split, then, stream in (
+        (field, "training", began.tokens, corpus.train),
+        (held_out, "validation", began.validation_tokens, corpus.validation),
+    ):
+        if then not in (None, stream.num_tokens):
+            rule = f"gives {stream.num_tokens} {split} tokens, but the run began with {then}"
+            raise ConfigError(name, get(config, name), f"{rule}; name the same file with the same ending")
     _refuse("data.tokenizer", config, earlier, began.tokenizer_hash, corpus.tokenizer_hash)
 
 

@@ -166,6 +166,10 @@ def test_the_same_bytes_read_in_another_way_are_other_data(tmp_path):
         ConfigError, match=r"^data\.path = .*ids\.txt: gives 1440 training tokens, .* with 720"
     ):
         go_on(tmp_path, path=str(tmp_path / "ids.txt"))
+    begin(tmp_path, path="ids.txt", validation_path="ids.bin")
+    rule = r"gives 1600 validation tokens, but the run began with 800; name the same file"
+    with pytest.raises(ConfigError, match=rf"^data\.validation_path = .*ids\.txt: {rule}"):
+        go_on(tmp_path, path=str(tmp_path / "ids.txt"), validation_path=str(tmp_path / "ids.txt"))
 
 
 def test_without_a_checkpoint_there_is_nothing_to_be_the_same_as(project):
