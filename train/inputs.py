@@ -18,7 +18,7 @@ from typing import Any
 from train.checkpoint_files import RECORD, checkpoint_steps, read_record
 from train.config import TOKENIZER_NAMES, TrainConfig
 from train.config_io import PATHS, run_directory_in
-from train.data import Corpus, Tokenizer, build_tokenizer, load_corpus
+from train.data import Corpus, Tokenizer, build_tokenizer, content_hash, load_corpus
 from train.data.tokenizer import TOKENIZER_FILE
 from train.errors import ConfigError
 from train.fields import get, override
@@ -110,27 +110,59 @@ def read_inputs(
       tokenizer: that of the run, where its own copy is to be used.
 
     Raises:
-      ConfigError: a file cannot be used, or has another content than the run began with.
+      ConfigError: a file cannot be used, or has another content than the run began with; the model has room for
+        fewer ids than the tokenizer makes.
     """
     places = {name: _places(name, config, earlier, began, workdir) for name in PATHS}
-    if tokenizer is not None:
-        places["data.tokenizer"] = [config.data.tokenizer]
-    refusal: ConfigError | None = None
-    for chosen in itertools.product(*places.values()):
-        there = override(
-            config, {name: path for name, path in zip(places, chosen, strict=True) if path is not None}
-        )
-        try:
-            used = tokenizer or build_tokenizer(there.data)
-            corpus = load_corpus(there.data, used)
-            _refuse_other_content(there, earlier, began, corpus)
-        except ConfigError as error:
-            refusal = refusal or error
-            continue
-        moved = () if earlier is None or began is None else tuple(_moves(earlier, there))
-        return Inputs(there, used, corpus, moved)
-    assert refusal is not None
-    raise refusal
+    there = _choose_data(config, places["data.path"], places["data.validation_path"], began)
+    if tokenizer is None:
+        there, tokenizer = _choose_tokenizer(there, places["data.tokenizer"], began)
+    _check_vocabulary(there, tokenizer)
+    corpus = load_corpus(there.data, tokenizer)
+    _refuse_other_content(there, earlier, began, corpus)
+    moved = () if earlier is None or began is None else tuple(_moves(earlier, there))
+    return Inputs(there, tokenizer, corpus, moved)
+
+
+def _choose_data(
+    config: TrainConfig, paths: list[str | None], held_out: list[str | None], began: Began | None
+) -> TrainConfig:
+    """The config with the first places whose content the run began with; with the very first where none has it."""
+    choices = [
+        _with_places(config, {"data.path": path, "data.validation_path": other})
+        for path, other in itertools.product(paths, held_out)
+    ]
+    if began is not None and len(choices) > 1:
+        for there in choices:
+            with contextlib.suppress(ConfigError):  # of the first place it is raised when it is loaded
+                if content_hash(there.data) == began.content_hash:
+                    return there
+    return choices[0]
+
+
+def _choose_tokenizer(
+    config: TrainConfig, places: list[str | None], began: Began | None
+) -> tuple[TrainConfig, Tokenizer]:
+    """As `_choose_data`, and the tokenizer from there."""
+    choices = [_with_places(config, {"data.tokenizer": place}) for place in places]
+    if began is not None and len(choices) > 1:
+        for there in choices:
+            with contextlib.suppress(ConfigError):
+                tokenizer = build_tokenizer(there.data)
+                if tokenizer.fingerprint() == began.tokenizer_hash:
+                    return there, tokenizer
+    return choices[0], build_tokenizer(choices[0].data)
+
+
+def _with_places(config: TrainConfig, places: dict[str, str | None]) -> TrainConfig:
+    return override(config, {name: place for name, place in places.items() if place is not None})
+
+
+def _check_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> None:
+    size = config.model.vocab_size
+    if size is not None and size < tokenizer.vocab_size:
+        rule = f"must be at least the tokenizer's vocabulary ({tokenizer.vocab_size})"
+        raise ConfigError("model.vocab_size", size, rule)
 
 
 def _places(

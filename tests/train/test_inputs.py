@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from tests.train import small
-from train.config import DataConfig, TrainConfig
+from train.config import DataConfig, ModelConfig, TrainConfig
 from train.config_io import load_config, save_config
-from train.data import load_tokenizer
+from train.data import load_corpus, load_tokenizer
 from train.errors import ConfigError
 from train.inputs import marks, read_began, read_inputs
 from train.integrity import hash_lines, write_manifest
@@ -144,6 +144,20 @@ def test_of_two_files_the_one_with_the_content_is_taken(project, tmp_path, monke
     inputs = go_on(tmp_path / "new", **RELATIVE)
     assert inputs.config.data.path == str(tmp_path / "new" / "text.txt")
     assert inputs.config.data.validation_path == str(tmp_path / "new" / "held-out.txt")
+
+
+def test_the_places_are_chosen_without_tokens(project, tmp_path, monkeypatch):
+    shutil.copytree(project, tmp_path / "new")
+    (project / "text.txt").write_text("\u2603 that this tokenizer does not know")
+    monkeypatch.chdir(tmp_path / "new")
+    loaded = []
+    monkeypatch.setattr("train.inputs.load_corpus", lambda *args: loaded.append(args) or load_corpus(*args))
+    go_on(tmp_path / "new", **RELATIVE)
+    assert len(loaded) == 1 and loaded[0][0].path == str(tmp_path / "new" / "text.txt")
+    small_model = dataclasses.replace(typed(**RELATIVE), model=ModelConfig(vocab_size=8))
+    with pytest.raises(ConfigError, match=r"^model\.vocab_size = 8: must be at least the tokenizer's"):
+        read_inputs(small_model, tmp_path / "none", None, None)
+    assert len(loaded) == 1, "it is found before the text is read"
 
 
 def test_a_tokenizer_that_has_gone_is_the_runs_own_copy(project, monkeypatch):
