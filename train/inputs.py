@@ -17,7 +17,7 @@ from typing import Any
 
 from train.checkpoint_files import RECORD, checkpoint_steps, read_record
 from train.config import TOKENIZER_NAMES, TrainConfig
-from train.config_io import PATHS, run_directory_in
+from train.config_io import PATHS, run_directory_in, version_in
 from train.data import Corpus, Tokenizer, build_tokenizer, content_hash, load_corpus
 from train.data.tokenizer import TOKENIZER_FILE
 from train.errors import ConfigError
@@ -35,6 +35,8 @@ class Began:
       tokens: of the training split; None where an older version wrote the checkpoint.
       validation_tokens: of the validation split; None likewise.
       run_directory: where the run was when its paths were written; None where nothing says so.
+      encoding_rules: of the tokenizer; 1 where an older version wrote the checkpoint.
+      version: of moejax that wrote the config; None where nothing says so.
     """
 
     content_hash: str
@@ -42,6 +44,8 @@ class Began:
     tokens: int | None
     validation_tokens: int | None
     run_directory: str | None
+    encoding_rules: int
+    version: str | None
 
 
 @dataclass(frozen=True)
@@ -53,20 +57,23 @@ class Inputs:
       tokenizer: that of the run.
       corpus: its data.
       moved: a line for each file that is no longer where the run had it.
+      warnings: lines on what may differ from what the run began with.
     """
 
     config: TrainConfig
     tokenizer: Tokenizer
     corpus: Corpus
     moved: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
-def marks(corpus: Corpus) -> dict[str, Any]:
+def marks(corpus: Corpus, tokenizer: Tokenizer) -> dict[str, Any]:
     """What a checkpoint's `extra` has for `read_began`."""
     return {
         "content_hash": corpus.content_hash,
         "tokens": corpus.train.num_tokens,
         "validation_tokens": corpus.validation.num_tokens,
+        "encoding_rules": tokenizer.encoding_rules,
     }
 
 
@@ -76,9 +83,10 @@ def read_began(workdir: pathlib.Path) -> Began | None:
     The run's folder comes from its config.yaml, which has the paths; from the record where the config has none.
     """
     checkpoints = workdir / "checkpoints"
-    run_directory = None
-    with contextlib.suppress(ConfigError):  # whoever reads the config says so
+    run_directory = version = None
+    with contextlib.suppress(ConfigError, OSError):  # whoever reads the config says so
         run_directory = run_directory_in(workdir / "config.yaml")
+        version = version_in(workdir / "config.yaml")
     for step in reversed(checkpoint_steps(checkpoints)):
         if not has_its_hash(checkpoints / str(step), RECORD):
             continue
@@ -91,6 +99,8 @@ def read_began(workdir: pathlib.Path) -> Began | None:
                 extra.get("tokens"),
                 extra.get("validation_tokens"),
                 run_directory or extra.get("run_directory"),
+                int(extra.get("encoding_rules", 1)),
+                version,
             )
     return None
 
@@ -121,7 +131,7 @@ def read_inputs(
     corpus = load_corpus(there.data, tokenizer)
     _refuse_other_content(there, earlier, began, corpus)
     moved = () if earlier is None or began is None else tuple(_moves(earlier, there))
-    return Inputs(there, tokenizer, corpus, moved)
+    return Inputs(there, tokenizer, corpus, moved, tuple(_other_rules(began, tokenizer)))
 
 
 def _choose_data(
@@ -243,6 +253,14 @@ def _refuse(field: str, config: TrainConfig, earlier: TrainConfig, then: str, no
         f"{content} the run began (sha256 {then[:12]} then, {now[:12]} now); the run needs the same content"
     )
     raise ConfigError(field, "(unset)" if path is None else path, rule)
+
+
+def _other_rules(began: Began | None, tokenizer: Tokenizer) -> Iterator[str]:
+    if began is not None and began.encoding_rules != tokenizer.encoding_rules:
+        yield (
+            f"data.tokenizer: the run began with moejax {began.version or '(version unknown)'}, which gave text that "
+            "spells a special token, such as <|im_start|>, other ids"
+        )
 
 
 def _moves(earlier: TrainConfig, config: TrainConfig) -> Iterator[str]:

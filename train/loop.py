@@ -127,6 +127,8 @@ def _train(config: TrainConfig, directory: Workdir, failure: NotFinite | None) -
         log.info("run directory: %s", workdir)
         for line in inputs.moved:
             log.info("%s", line)
+        for line in inputs.warnings:
+            log.warning("%s", line)
         _introduce(program.spec, corpus, mesh, speeds)
         for line in tuner.describe(program.spec):
             log.info("%s", line)
@@ -168,7 +170,7 @@ def _train(config: TrainConfig, directory: Workdir, failure: NotFinite | None) -
                 reporter.flush()
                 with monitor.paused(), watchdog.paused():
                     reporter.refuse_broken(step, state.params)
-                    extra = {**marks(corpus), **found}
+                    extra = {**marks(corpus, tokenizer), **found}
                     checkpoints.save(step, state, batches.get_state(), extra)
 
             if stopping and not (last and found):

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+import tokenizers
 
 from tests.train import small
 from train.config import DataConfig, ModelConfig, TrainConfig
@@ -42,7 +43,7 @@ def begin(folder, **fields):
     inputs = read_inputs(typed(**places), run, None, None)
     record = {
         "data_state": {"tokenizer_hash": inputs.corpus.tokenizer_hash},
-        "extra": marks(inputs.corpus),
+        "extra": marks(inputs.corpus, inputs.tokenizer),
     }
     write_record(run, 2, json.dumps(record))
     save_config(inputs.config, run / "config.yaml")
@@ -158,6 +159,24 @@ def test_the_places_are_chosen_without_tokens(project, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"^model\.vocab_size = 8: must be at least the tokenizer's"):
         read_inputs(small_model, tmp_path / "none", None, None)
     assert len(loaded) == 1, "it is found before the text is read"
+
+
+def test_a_run_that_began_with_other_rules_of_encoding_goes_on_with_a_warning(tmp_path):
+    (tmp_path / "text.txt").write_text("to be or not to be " * 40)
+    model = tokenizers.models.WordLevel({"to": 0, "be": 1, "<unk>": 2}, unk_token="<unk>")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "words.json"))
+    begin(tmp_path, path="text.txt", tokenizer="words.json")
+    fields = {"path": str(tmp_path / "text.txt"), "tokenizer": str(tmp_path / "words.json")}
+    assert go_on(tmp_path, **fields).warnings == ()
+    record = json.loads((tmp_path / "run" / "checkpoints" / "2" / "record.json").read_text())
+    del record["extra"]["encoding_rules"]  # as older versions wrote it
+    write_record(tmp_path / "run", 2, json.dumps(record))
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(re.sub("^moejax: .*", "moejax: 0.0.1", config.read_text()))
+    (line,) = go_on(tmp_path, **fields).warnings
+    assert line.startswith("data.tokenizer: the run began with moejax 0.0.1, which gave text that spells")
 
 
 def test_a_tokenizer_that_has_gone_is_the_runs_own_copy(project, monkeypatch):

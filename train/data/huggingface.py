@@ -34,6 +34,8 @@ _MOST_HELD_BACK = 32
 class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizer.json`; the separator is its end-of-text token, or else one id after its last."""
 
+    encoding_rules = 2  # since 2, text that spells a special token is text
+
     def __init__(self, content: str, end_token: str | None = None, name: str = TOKENIZER_FILE):
         """Builds the tokenizer.
 
