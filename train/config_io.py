@@ -27,8 +27,10 @@ from train.writing import replace_text
 # would find a user's own `configs` folder first.
 SHIPPED = pathlib.Path(train.__file__).resolve().parent.parent / "configs"
 
-# The entry of a saved config that is no field: the version of moejax that wrote it.
+# An entry of a saved config that is no field: the version of moejax that wrote it.
 VERSION = "moejax"
+# Another one: where the run was when its paths were written, so that they are found again beside it.
+RUN_DIRECTORY = "run_directory"
 
 # Fields that may hold a path; `data.tokenizer` may also hold a name. The content decides, see `train.inputs`.
 PATHS = ("data.path", "data.validation_path", "data.tokenizer")
@@ -110,12 +112,16 @@ def save_config(config: TrainConfig, path: str | os.PathLike[str]) -> None:
     """Write every field as YAML, such that `load_config` gives the same config back; the file is replaced.
 
     All but `workdir`: a run directory may be moved, and a config that comes from it begins a run of its own. The file
-    also says which version of moejax wrote it.
+    also says which version of moejax wrote it, and in which folder.
     """
     path = pathlib.Path(path)
     config = dataclasses.replace(config, workdir=None)
     # ASCII only: PyYAML writes some Unicode line ends (U+0085) such that they come back as spaces.
-    values = {VERSION: version_of("moejax"), **dataclasses.asdict(config)}
+    values = {
+        VERSION: version_of("moejax"),
+        **dataclasses.asdict(config),
+        RUN_DIRECTORY: os.path.abspath(path.parent),
+    }
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=False, width=1_000_000)
     replace_text(path, text)
 
@@ -128,12 +134,28 @@ def load_config(path: str | os.PathLike[str]) -> TrainConfig:
         of the wrong type. Where another version of moejax wrote the file, the error names both versions.
     """
     path = pathlib.Path(path)
+    values = _read_values(path)
+    values.pop(RUN_DIRECTORY, None)
+    with naming_versions(values.pop(VERSION, None), path):
+        return build(TrainConfig, values)
+
+
+def run_directory_in(path: pathlib.Path) -> str | None:
+    """Where the run was when its `config.yaml` was written; None where the file does not say so.
+
+    Raises:
+      ConfigError: the file cannot be read or is no YAML.
+    """
+    written = _read_values(path).get(RUN_DIRECTORY)
+    return written if isinstance(written, str) else None
+
+
+def _read_values(path: pathlib.Path) -> dict[Any, Any]:
     with reading("CONFIG", path, "valid YAML"):
         values = yaml.load(pathlib.Path(regular(path)).read_text(encoding="utf-8"), Loader=_PlainLoader)
     if not isinstance(values, dict):
         raise ConfigError("CONFIG", path, "must be a YAML mapping of config fields")
-    with naming_versions(values.pop(VERSION, None), path):
-        return build(TrainConfig, values)
+    return values
 
 
 @contextlib.contextmanager

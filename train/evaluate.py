@@ -139,7 +139,7 @@ def evaluate_run(run_dir: str) -> tuple[float, int]:
     config = load_config(directory / "config.yaml")
     tokenizer = load_tokenizer(directory)
     inputs = read_inputs(config, directory, config, read_began(directory), tokenizer)
-    for line in inputs.moved:
+    for line in inputs.moved + inputs.warnings:
         log.warning("%s", line)
     corpus = inputs.corpus
     spec = ModelSpec.from_config(config, tokenizer.vocab_size)

@@ -15,30 +15,37 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from train.checkpoint_files import checkpoint_steps, read_record
+from train.checkpoint_files import RECORD, checkpoint_steps, read_record
 from train.config import TOKENIZER_NAMES, TrainConfig
-from train.config_io import PATHS
-from train.data import Corpus, Tokenizer, build_tokenizer, load_corpus
+from train.config_io import PATHS, run_directory_in, version_in
+from train.data import Corpus, Tokenizer, build_tokenizer, content_hash, load_corpus
 from train.data.tokenizer import TOKENIZER_FILE
 from train.errors import ConfigError
 from train.fields import get, override
+from train.integrity import has_its_hash
 
 
 @dataclass(frozen=True)
 class Began:
-    """What the checkpoints of a run say of the files that it began with.
+    """What a run says of the files that it began with.
 
     Fields:
       content_hash: of the data.
       tokenizer_hash: of the tokenizer.
       tokens: of the training split; None where an older version wrote the checkpoint.
-      run_directory: where the run was; None where an older version wrote the checkpoint.
+      validation_tokens: of the validation split; None likewise.
+      run_directory: where the run was when its paths were written; None where nothing says so.
+      encoding_rules: of the tokenizer; 1 where an older version wrote the checkpoint.
+      version: of moejax that wrote the config; None where nothing says so.
     """
 
     content_hash: str
     tokenizer_hash: str
     tokens: int | None
+    validation_tokens: int | None
     run_directory: str | None
+    encoding_rules: int
+    version: str | None
 
 
 @dataclass(frozen=True)
@@ -50,28 +57,39 @@ class Inputs:
       tokenizer: that of the run.
       corpus: its data.
       moved: a line for each file that is no longer where the run had it.
+      warnings: lines on what may differ from what the run began with.
     """
 
     config: TrainConfig
     tokenizer: Tokenizer
     corpus: Corpus
     moved: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
-def marks(corpus: Corpus, workdir: pathlib.Path) -> dict[str, Any]:
+def marks(corpus: Corpus, tokenizer: Tokenizer) -> dict[str, Any]:
     """What a checkpoint's `extra` has for `read_began`."""
-    run_directory = os.path.abspath(workdir)
     return {
         "content_hash": corpus.content_hash,
         "tokens": corpus.train.num_tokens,
-        "run_directory": run_directory,
+        "validation_tokens": corpus.validation.num_tokens,
+        "encoding_rules": tokenizer.encoding_rules,
     }
 
 
 def read_began(workdir: pathlib.Path) -> Began | None:
-    """What the newest readable record of a run says; None where it has no checkpoint."""
+    """What the newest sound record of a run says; None where it has no checkpoint.
+
+    The run's folder comes from its config.yaml, which has the paths; from the record where the config has none.
+    """
     checkpoints = workdir / "checkpoints"
+    run_directory = version = None
+    with contextlib.suppress(ConfigError, OSError):  # whoever reads the config says so
+        run_directory = run_directory_in(workdir / "config.yaml")
+        version = version_in(workdir / "config.yaml")
     for step in reversed(checkpoint_steps(checkpoints)):
+        if not has_its_hash(checkpoints / str(step), RECORD):
+            continue
         with contextlib.suppress(Exception):  # damaged, or removed by a running training: restoring says so
             record = read_record(checkpoints, step)
             extra, data_state = record["extra"], record["data_state"]
@@ -79,7 +97,10 @@ def read_began(workdir: pathlib.Path) -> Began | None:
                 str(extra["content_hash"]),
                 str(data_state["tokenizer_hash"]),
                 extra.get("tokens"),
-                extra.get("run_directory"),
+                extra.get("validation_tokens"),
+                run_directory or extra.get("run_directory"),
+                int(extra.get("encoding_rules", 1)),
+                version,
             )
     return None
 
@@ -99,27 +120,59 @@ def read_inputs(
       tokenizer: that of the run, where its own copy is to be used.
 
     Raises:
-      ConfigError: a file cannot be used, or has another content than the run began with.
+      ConfigError: a file cannot be used, or has another content than the run began with; the model has room for
+        fewer ids than the tokenizer makes.
     """
     places = {name: _places(name, config, earlier, began, workdir) for name in PATHS}
-    if tokenizer is not None:
-        places["data.tokenizer"] = [config.data.tokenizer]
-    refusal: ConfigError | None = None
-    for chosen in itertools.product(*places.values()):
-        there = override(
-            config, {name: path for name, path in zip(places, chosen, strict=True) if path is not None}
-        )
-        try:
-            used = tokenizer or build_tokenizer(there.data)
-            corpus = load_corpus(there.data, used)
-            _refuse_other_content(there, earlier, began, corpus)
-        except ConfigError as error:
-            refusal = refusal or error
-            continue
-        moved = () if earlier is None or began is None else tuple(_moves(earlier, there))
-        return Inputs(there, used, corpus, moved)
-    assert refusal is not None
-    raise refusal
+    there = _choose_data(config, places["data.path"], places["data.validation_path"], began)
+    if tokenizer is None:
+        there, tokenizer = _choose_tokenizer(there, places["data.tokenizer"], began)
+    _check_vocabulary(there, tokenizer)
+    corpus = load_corpus(there.data, tokenizer)
+    _refuse_other_content(there, earlier, began, corpus)
+    moved = () if earlier is None or began is None else tuple(_moves(earlier, there))
+    return Inputs(there, tokenizer, corpus, moved, tuple(_other_rules(began, tokenizer)))
+
+
+def _choose_data(
+    config: TrainConfig, paths: list[str | None], held_out: list[str | None], began: Began | None
+) -> TrainConfig:
+    """The config with the first places whose content the run began with; with the very first where none has it."""
+    choices = [
+        _with_places(config, {"data.path": path, "data.validation_path": other})
+        for path, other in itertools.product(paths, held_out)
+    ]
+    if began is not None and len(choices) > 1:
+        for there in choices:
+            with contextlib.suppress(ConfigError):  # of the first place it is raised when it is loaded
+                if content_hash(there.data) == began.content_hash:
+                    return there
+    return choices[0]
+
+
+def _choose_tokenizer(
+    config: TrainConfig, places: list[str | None], began: Began | None
+) -> tuple[TrainConfig, Tokenizer]:
+    """As `_choose_data`, and the tokenizer from there."""
+    choices = [_with_places(config, {"data.tokenizer": place}) for place in places]
+    if began is not None and len(choices) > 1:
+        for there in choices:
+            with contextlib.suppress(ConfigError):
+                tokenizer = build_tokenizer(there.data)
+                if tokenizer.fingerprint() == began.tokenizer_hash:
+                    return there, tokenizer
+    return choices[0], build_tokenizer(choices[0].data)
+
+
+def _with_places(config: TrainConfig, places: dict[str, str | None]) -> TrainConfig:
+    return override(config, {name: place for name, place in places.items() if place is not None})
+
+
+def _check_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> None:
+    size = config.model.vocab_size
+    if size is not None and size < tokenizer.vocab_size:
+        rule = f"must be at least the tokenizer's vocabulary ({tokenizer.vocab_size})"
+        raise ConfigError("model.vocab_size", size, rule)
 
 
 def _places(
@@ -176,9 +229,14 @@ def _refuse_other_content(
     if config.data.path == earlier.data.path and config.data.validation_path != earlier.data.validation_path:
         field = "data.validation_path"
     _refuse(field, config, earlier, began.content_hash, corpus.content_hash)
-    if began.tokens not in (None, corpus.train.num_tokens):
-        rule = f"gives {corpus.train.num_tokens} training tokens, but the run began with {began.tokens}"
-        raise ConfigError(field, get(config, field), f"{rule}; name the same file with the same ending")
+    held_out = "data.path" if config.data.validation_path is None else "data.validation_path"
+    for name, split, then, stream in (
+        (field, "training", began.tokens, corpus.train),
+        (held_out, "validation", began.validation_tokens, corpus.validation),
+    ):
+        if then not in (None, stream.num_tokens):
+            rule = f"gives {stream.num_tokens} {split} tokens, but the run began with {then}"
+            raise ConfigError(name, get(config, name), f"{rule}; name the same file with the same ending")
     _refuse("data.tokenizer", config, earlier, began.tokenizer_hash, corpus.tokenizer_hash)
 
 
@@ -195,6 +253,14 @@ def _refuse(field: str, config: TrainConfig, earlier: TrainConfig, then: str, no
         f"{content} the run began (sha256 {then[:12]} then, {now[:12]} now); the run needs the same content"
     )
     raise ConfigError(field, "(unset)" if path is None else path, rule)
+
+
+def _other_rules(began: Began | None, tokenizer: Tokenizer) -> Iterator[str]:
+    if began is not None and began.encoding_rules != tokenizer.encoding_rules:
+        yield (
+            f"data.tokenizer: the run began with moejax {began.version or '(version unknown)'}, which gave text that "
+            "spells a special token, such as <|im_start|>, other ids"
+        )
 
 
 def _moves(earlier: TrainConfig, config: TrainConfig) -> Iterator[str]:

@@ -75,6 +75,15 @@ def find_fault(directory: Path, share: tuple[int, int] = (0, 1)) -> str | None:
         return next((fault for fault in faults if fault), None)
 
 
+def has_its_hash(directory: Path, name: str) -> bool:
+    """Whether one file of a directory is what the manifest says of it."""
+    try:
+        digests, _ = _read_manifest(directory)
+    except (OSError, ValueError):
+        return False
+    return name in digests and _file_fault(directory, name, digests[name]) is None
+
+
 def find_strays(directory: Path) -> list[str]:
     """Files below `directory` that are not in its manifest: other programs have left them. None without a manifest."""
     try:

@@ -16,7 +16,7 @@ from train import processes
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig
 from train.config_io import earlier_config, refuse_other_run, save_config
-from train.data import Corpus, Tokenizer, TokenStream, TrainingBatches
+from train.data import Corpus, TokenStream, TrainingBatches
 from train.errors import ConfigError, Interrupted, NotFinite
 from train.evaluator import Evaluator, is_due, is_owed
 from train.feed import abstract_batch, device_batch, process_rows
@@ -127,6 +127,8 @@ def _train(config: TrainConfig, directory: Workdir, failure: NotFinite | None) -
         log.info("run directory: %s", workdir)
         for line in inputs.moved:
             log.info("%s", line)
+        for line in inputs.warnings:
+            log.warning("%s", line)
         _introduce(program.spec, corpus, mesh, speeds)
         for line in tuner.describe(program.spec):
             log.info("%s", line)
@@ -168,7 +170,7 @@ def _train(config: TrainConfig, directory: Workdir, failure: NotFinite | None) -
                 reporter.flush()
                 with monitor.paused(), watchdog.paused():
                     reporter.refuse_broken(step, state.params)
-                    extra = {**marks(corpus, workdir), **found}
+                    extra = {**marks(corpus, tokenizer), **found}
                     checkpoints.save(step, state, batches.get_state(), extra)
 
             if stopping and not (last and found):
@@ -193,9 +195,7 @@ def _read_inputs(config: TrainConfig, directory: Workdir) -> Inputs:
     earlier = None if directory.is_new else earlier_config(workdir)
     if earlier is not None:
         refuse_other_run(workdir, earlier, config)
-    inputs = read_inputs(config, workdir, earlier, None if directory.is_new else read_began(workdir))
-    _check_vocabulary(inputs.config, inputs.tokenizer)
-    return inputs
+    return read_inputs(config, workdir, earlier, None if directory.is_new else read_began(workdir))
 
 
 def _restore(
@@ -263,13 +263,6 @@ def _needs_check(mesh: Mesh) -> bool:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _check_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> None:
-    size = config.model.vocab_size
-    if size is not None and size < tokenizer.vocab_size:
-        rule = f"must be at least the tokenizer's vocabulary ({tokenizer.vocab_size})"
-        raise ConfigError("model.vocab_size", size, rule)
 
 
 def _monitor(

@@ -30,6 +30,9 @@ FILE_NAME = "metrics.jsonl"
 LAYERS = "moe/layers/"
 """What begins so has one entry per MoE layer, or per layer and expert."""
 
+_STEPS = range(1 << 53)  # a float has each of them
+_LARGEST = 1e300  # float32 ends at 3e38; close to the end of float64 nothing can be drawn
+
 
 def of_existing(array_ME: np.ndarray, experts_of_layers: Sequence[int]) -> np.ndarray | list[np.ndarray]:
     """The rows of all layers without the experts that a layer does not have; an array where all have as many."""
@@ -100,7 +103,8 @@ def read(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
                 continue
             with reading("RUN", f"{path} line {number}", "a record of metrics"):
                 record = json.loads(line)
-                if not isinstance(record, dict) or type(record.get("step")) is not int:
+                step = record.get("step") if isinstance(record, dict) else None
+                if type(step) is not int or step not in _STEPS:
                     raise ValueError("it must be an object with a whole number as step")
                 record = {name: _number(value) for name, value in record.items()}
             yield record
@@ -112,6 +116,8 @@ def _number(value: Any) -> Any:
     if not isinstance(value, int | float | str):
         raise ValueError(f"a value is {type(value).__name__}, not a number")
     number = float(value)  # an integer beyond all floats raises
+    if math.isfinite(number) and abs(number) > _LARGEST:
+        raise ValueError(f"{number:g} is beyond what a training computes")
     return number if isinstance(value, str) else value
 
 

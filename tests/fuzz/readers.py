@@ -206,6 +206,7 @@ def _record_seeds() -> list[bytes]:
 
 
 def _read_record(path: Path) -> object:
+    write_manifest(path.parent, hash_lines(path.parent))  # else it would only be passed over
     if (began := read_began(path.parents[2])) is None:
         raise ConfigError("workdir", path, "has no record")  # as a run does that goes on all the same
     return began

@@ -7,13 +7,15 @@ import shutil
 
 import numpy as np
 import pytest
+import tokenizers
 
 from tests.train import small
-from train.config import DataConfig, TrainConfig
+from train.config import DataConfig, ModelConfig, TrainConfig
 from train.config_io import load_config, save_config
-from train.data import load_tokenizer
+from train.data import load_corpus, load_tokenizer
 from train.errors import ConfigError
 from train.inputs import marks, read_began, read_inputs
+from train.integrity import hash_lines, write_manifest
 
 
 @pytest.fixture
@@ -39,14 +41,20 @@ def begin(folder, **fields):
     run = folder / "run"
     places = {name: str(folder / value) for name, value in fields.items()}
     inputs = read_inputs(typed(**places), run, None, None)
-    (run / "checkpoints" / "2").mkdir(parents=True)
     record = {
         "data_state": {"tokenizer_hash": inputs.corpus.tokenizer_hash},
-        "extra": marks(inputs.corpus, run),
+        "extra": marks(inputs.corpus, inputs.tokenizer),
     }
-    (run / "checkpoints" / "2" / "record.json").write_text(json.dumps(record))
+    write_record(run, 2, json.dumps(record))
     save_config(inputs.config, run / "config.yaml")
     inputs.tokenizer.save(run)
+
+
+def write_record(run, step, content):
+    checkpoint = run / "checkpoints" / str(step)
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    (checkpoint / "record.json").write_text(content)
+    write_manifest(checkpoint, hash_lines(checkpoint))
 
 
 def go_on(folder, **fields):
@@ -75,6 +83,25 @@ def test_a_moved_project_goes_on_with_the_same_command(project, monkeypatch):
         assert inputs.config.data.path == expected["path"], "found from the run's own folder"
     inputs = read_inputs(earlier, new / "run", earlier, read_began(new / "run"), load_tokenizer(new / "run"))
     assert inputs.config.data.validation_path == expected["validation_path"], "as `moejax eval` does"
+
+
+def test_a_project_may_move_twice_between_two_checkpoints(project, monkeypatch):
+    monkeypatch.chdir(project.parent)
+    for name in ("new", "newer", "newest"):
+        project = project.rename(project.with_name(name))
+        inputs = go_on(project, **RELATIVE)
+        assert inputs.config.data.path == str(project / "text.txt")
+        save_config(inputs.config, project / "run" / "config.yaml")
+
+
+def test_the_folder_of_a_run_whose_config_does_not_say_it_comes_from_its_record(project):
+    config = project / "run" / "config.yaml"
+    config.write_text(config.read_text().partition("run_directory:")[0])
+    assert read_began(project / "run").run_directory is None
+    record = json.loads((project / "run" / "checkpoints" / "2" / "record.json").read_text())
+    record["extra"]["run_directory"] = "/before/run"
+    write_record(project / "run", 2, json.dumps(record))
+    assert read_began(project / "run").run_directory == "/before/run"
 
 
 def test_data_that_moved_alone_goes_on_where_it_is_named(project, tmp_path):
@@ -120,6 +147,38 @@ def test_of_two_files_the_one_with_the_content_is_taken(project, tmp_path, monke
     assert inputs.config.data.validation_path == str(tmp_path / "new" / "held-out.txt")
 
 
+def test_the_places_are_chosen_without_tokens(project, tmp_path, monkeypatch):
+    shutil.copytree(project, tmp_path / "new")
+    (project / "text.txt").write_text("\u2603 that this tokenizer does not know")
+    monkeypatch.chdir(tmp_path / "new")
+    loaded = []
+    monkeypatch.setattr("train.inputs.load_corpus", lambda *args: loaded.append(args) or load_corpus(*args))
+    go_on(tmp_path / "new", **RELATIVE)
+    assert len(loaded) == 1 and loaded[0][0].path == str(tmp_path / "new" / "text.txt")
+    small_model = dataclasses.replace(typed(**RELATIVE), model=ModelConfig(vocab_size=8))
+    with pytest.raises(ConfigError, match=r"^model\.vocab_size = 8: must be at least the tokenizer's"):
+        read_inputs(small_model, tmp_path / "none", None, None)
+    assert len(loaded) == 1, "it is found before the text is read"
+
+
+def test_a_run_that_began_with_other_rules_of_encoding_goes_on_with_a_warning(tmp_path):
+    (tmp_path / "text.txt").write_text("to be or not to be " * 40)
+    model = tokenizers.models.WordLevel({"to": 0, "be": 1, "<unk>": 2}, unk_token="<unk>")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "words.json"))
+    begin(tmp_path, path="text.txt", tokenizer="words.json")
+    fields = {"path": str(tmp_path / "text.txt"), "tokenizer": str(tmp_path / "words.json")}
+    assert go_on(tmp_path, **fields).warnings == ()
+    record = json.loads((tmp_path / "run" / "checkpoints" / "2" / "record.json").read_text())
+    del record["extra"]["encoding_rules"]  # as older versions wrote it
+    write_record(tmp_path / "run", 2, json.dumps(record))
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(re.sub("^moejax: .*", "moejax: 0.0.1", config.read_text()))
+    (line,) = go_on(tmp_path, **fields).warnings
+    assert line.startswith("data.tokenizer: the run began with moejax 0.0.1, which gave text that spells")
+
+
 def test_a_tokenizer_that_has_gone_is_the_runs_own_copy(project, monkeypatch):
     (project / "mine.json").unlink()
     monkeypatch.chdir(project)
@@ -140,16 +199,29 @@ def test_the_same_bytes_read_in_another_way_are_other_data(tmp_path):
         ConfigError, match=r"^data\.path = .*ids\.txt: gives 1440 training tokens, .* with 720"
     ):
         go_on(tmp_path, path=str(tmp_path / "ids.txt"))
+    begin(tmp_path, path="ids.txt", validation_path="ids.bin")
+    rule = r"gives 1600 validation tokens, but the run began with 800; name the same file"
+    with pytest.raises(ConfigError, match=rf"^data\.validation_path = .*ids\.txt: {rule}"):
+        go_on(tmp_path, path=str(tmp_path / "ids.txt"), validation_path=str(tmp_path / "ids.txt"))
 
 
 def test_without_a_checkpoint_there_is_nothing_to_be_the_same_as(project):
     shutil.rmtree(project / "run" / "checkpoints")
     held_out = str(project / "held-out.txt")
     assert go_on(project, path=held_out).config.data.path == held_out
-    (project / "run" / "checkpoints" / "2").mkdir(parents=True)
     for content in ("", "[]", '{"extra": 3}'):
-        (project / "run" / "checkpoints" / "2" / "record.json").write_text(content)
+        write_record(project / "run", 2, content)
         assert read_began(project / "run") is None
+
+
+def test_a_record_that_is_not_what_was_written_is_passed_over(project):
+    checkpoints = project / "run" / "checkpoints"
+    began = read_began(project / "run")
+    shutil.copytree(checkpoints / "2", checkpoints / "4")
+    record = checkpoints / "4" / "record.json"
+    record.write_text(record.read_text().replace(began.content_hash, began.content_hash[::-1]))
+    assert read_began(project / "run") == began
+    go_on(project, **{name: str(project / value) for name, value in RELATIVE.items()})
 
 
 def test_a_file_with_the_name_of_a_tokenizer_is_no_path(tmp_path, monkeypatch):

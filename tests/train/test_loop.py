@@ -245,6 +245,8 @@ def test_paths_are_found_again_from_another_folder_and_when_all_has_moved(run, c
         ("export", "--layer", "0", "--output", str(tmp_path / "layer.safetensors")),
     ):
         assert cli.main([command, str(run.workdir), *words]) == 0, command
+    report = (run.workdir / "report" / "report.html").read_text()
+    assert "Which tokens each expert prefers" in report, "the data was found"
     line = f"data.path: {project}/text.txt is now {moved}/text.txt, with the same content"
     assert f"warning: {line}" in capsys.readouterr().err
     assert run("--steps", 4, "--data.path", "text.txt") == 0

@@ -153,7 +153,23 @@ def test_a_run_that_is_being_written_has_its_whole_lines(tmp_path):
             "line 2: is not a record of metrics: a value is NoneType, not a number",
         ),
         ('{"step": 2, "loss": "low"}', "line 2: is not a record of metrics: could not convert"),
-        ('{"step": 2, "loss": [1, 2]}', "is not a run that can be drawn: "),
+        (
+            '{"step": 1000000000000000000000000000000, "loss": 1}',
+            "line 2: is not a record of metrics: it must be",
+        ),
+        (
+            '{"step": 2, "loss": 1e308}',
+            "line 2: is not a record of metrics: 1e+308 is beyond what a training",
+        ),
+        ('{"step": 2, "loss": [1, 2]}', "is not a record of metrics: loss at step 2 must be a number"),
+        (
+            '{"step": 2, "moe/layers/load": [[1, 2], [1]]}',
+            "is not a record of metrics: moe/layers/load at step 2 must be a list of lists per layer, as on the lines",
+        ),
+        (
+            '{"step": 2, "moe/layers/max_vio": [[1], 2]}',
+            "is not a record of metrics: moe/layers/max_vio at step 2 must be a list of numbers per layer, as on",
+        ),
     ],
 )
 def test_a_line_that_no_training_writes_is_named(tmp_path, capsys, line, rule):
@@ -164,6 +180,15 @@ def test_a_line_that_no_training_writes_is_named(tmp_path, capsys, line, rule):
     assert cli.main(["report", str(tmp_path / "run")]) == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith("error: RUN = ") and rule in error
+
+
+def test_a_fault_of_ours_is_not_called_bad_input(tmp_path, monkeypatch):
+    def fail(runs):
+        raise TypeError("ours")
+
+    monkeypatch.setattr("train.report.page.figures.loss_curves", fail)
+    with pytest.raises(TypeError, match="ours"):
+        write_report([write_run(tmp_path / "run")])
 
 
 def test_counts_preferences_and_pairs():

@@ -1,7 +1,7 @@
 """From files to batches: sources, tokenizers, packing and the resumable order of training windows."""
 
 from train.data.batches import TrainingBatches, num_validation_batches, validation_batches
-from train.data.corpus import Corpus, load_corpus
+from train.data.corpus import Corpus, content_hash, load_corpus
 from train.data.packing import TokenStream
 from train.data.tokenizer import StreamDecoder, Tokenizer
 from train.data.tokenizer_files import build_tokenizer, load_tokenizer
@@ -13,6 +13,7 @@ __all__ = [
     "Tokenizer",
     "TrainingBatches",
     "build_tokenizer",
+    "content_hash",
     "load_corpus",
     "load_tokenizer",
     "num_validation_batches",

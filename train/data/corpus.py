@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from train.config import DataConfig
-from train.data.encoded import Encoded, encode_documents
+from train.data.encoded import Encoded, digested, encode_documents
 from train.data.packing import TokenStream
-from train.data.shards import map_shards
+from train.data.shards import digest_shards, map_shards
 from train.data.sources import find_files, read_documents
 from train.data.tokenizer import Tokenizer
 from train.errors import ConfigError
@@ -56,6 +56,29 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer) -> Corpus:
     require_length(train, config.sequence_length, "training")
     require_length(validation, config.sequence_length, "validation")
     return Corpus(train, validation, digest.hexdigest(), tokenizer.fingerprint(), ignored)
+
+
+def content_hash(config: DataConfig) -> str:
+    """`Corpus.content_hash` of the data that the config names, without a tokenizer and without tokens.
+
+    Raises:
+      ConfigError: the data cannot be read.
+    """
+    digest = hashlib.sha256()
+    _digest("data.path", config.path, config, digest)
+    if config.validation_path is not None:
+        digest.update(b"\xff")
+        _digest("data.validation_path", config.validation_path, config, digest)
+    return digest.hexdigest()
+
+
+def _digest(field: str, path: str | None, config: DataConfig, digest: Any) -> None:
+    files = find_files(field, path)
+    if files.are_shards:
+        digest_shards(files, digest)
+    else:
+        for _ in digested(read_documents(files, config.text_field), digest):
+            pass
 
 
 def require_length(stream: TokenStream, sequence_length: int, split: str) -> None:

@@ -91,11 +91,7 @@ def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer, digest
     separator = np.array([tokenizer.separator], dtype)
     parts: list[np.ndarray] = []
     lengths: list[int] = []
-    for group in _groups(documents):
-        for document in group:
-            if lengths or document is not group[0]:
-                digest.update(b"\xff")
-            digest.update(document.raw)
+    for group in _groups(digested(documents, digest)):
         with reading("data.tokenizer", tokenizer.name, "a tokenizer for this data"):
             encoded = tokenizer.encode_documents(group)
         for ids in encoded:
@@ -106,13 +102,22 @@ def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer, digest
     return Encoded((backing,), np.cumsum(lengths_D) - lengths_D, lengths_D, separators_added=True)
 
 
+def digested(documents: Iterable[Document], digest: Any) -> Iterator[Document]:
+    """The documents that are not empty; `digest` is updated with their bytes and 0xFF between two."""
+    is_first = True
+    for document in documents:
+        if document.raw:
+            digest.update(document.raw if is_first else b"\xff" + document.raw)
+            is_first = False
+            yield document
+
+
 def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
     group: list[Document] = []
     size = 0
     for document in documents:
-        if document.raw:
-            group.append(document)
-            size += len(document.raw)
+        group.append(document)
+        size += len(document.raw)
         if len(group) == _GROUP_DOCUMENTS or size >= _GROUP_BYTES:
             yield group
             group, size = [], 0

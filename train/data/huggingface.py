@@ -34,6 +34,8 @@ _MOST_HELD_BACK = 32
 class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizer.json`; the separator is its end-of-text token, or else one id after its last."""
 
+    encoding_rules = 2  # since 2, text that spells a special token is text
+
     def __init__(self, content: str, end_token: str | None = None, name: str = TOKENIZER_FILE):
         """Builds the tokenizer.
 
@@ -95,9 +97,11 @@ class HuggingFaceTokenizer(Tokenizer):
             rule = f"{name} holds {self.end_token} as text, which this tokenizer cannot tell from the end of a document"
             raise ConfigError("data.tokenizer", self.end_token, rule)
         if self._pieces is not None and (character := self._pieces.first_unknown(text)) is not None:
+            place = text.find(character)  # -1: the normaliser has made it
+            where = f"at place {place} of {name}" if place >= 0 else f"to which {name} is normalised"
             rule = (
-                f"has no token for {character!r} (U+{ord(character):04X}), at place {text.index(character)} of "
-                f"{name}, and no unknown token; it would be lost. data.tokenizer = bytes encodes any text"
+                f"has no token for {character!r} (U+{ord(character):04X}), {where}, and no unknown token; "
+                "it would be lost. data.tokenizer = bytes encodes any text"
             )
             raise ConfigError("data.tokenizer", self.name, rule)
 

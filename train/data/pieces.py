@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import tokenizers
@@ -26,6 +27,11 @@ class Pieces:
         self._vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         self._affixes = list(dict.fromkeys(affixes))
         self._usable: set[str] = set()
+        # Special tokens are text where a text spells them, the other added ones are not.
+        added = [
+            token.content for token in tokenizer.get_added_tokens_decoder().values() if not token.special
+        ]
+        self._added = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or r"(?!)")
 
     @classmethod
     def of(cls, content: dict[str, Any], tokenizer: tokenizers.Tokenizer) -> Pieces | None:
@@ -38,23 +44,33 @@ class Pieces:
         return None if pieces._is_of_bytes() and pieces.first_unknown(_EVERY_BYTE) is None else pieces
 
     def first_unknown(self, text: str) -> str | None:
-        """The lowest character of the text that would be lost; None where all are kept."""
-        new = sorted(set(text) - self._usable)
-        for character in new:
-            if not self._can(character):
-                return character
-        self._usable.update(new)
-        return None
+        """The first character of the text that would be lost, or that it becomes; None where all are kept.
 
-    def _can(self, character: str) -> bool:
-        return all(
-            any(prefix + letter + suffix in self._vocabulary for prefix, suffix in self._affixes)
-            for letter in self._letters(character)
-        )
+        Characters may combine, so the whole text is normalised. A character by itself only tells whether to look
+        closely: it may be part of an added token, or one that is taken out between words.
+        """
+        new = set(self._normal(text)) - self._usable
+        doubtful = {character for character in new if self._lost(character)}
+        self._usable |= new - doubtful
+        if not doubtful:
+            return None
+        lost: set[str] = set().union(*map(self._lost, self._added.split(text)))
+        if not lost:
+            return None
+        return next((character for character in text if lost & self._lost(character)), min(lost))
 
-    def _letters(self, character: str) -> str:
-        """What the model sees of a character."""
-        normal = self._normalizer.normalize_str(character) if self._normalizer else character
+    def _lost(self, text: str) -> set[str]:
+        return {letter for letter in set(self._letters(text)) if not self._has(letter)}
+
+    def _has(self, letter: str) -> bool:
+        return any(prefix + letter + suffix in self._vocabulary for prefix, suffix in self._affixes)
+
+    def _normal(self, text: str) -> str:
+        return self._normalizer.normalize_str(text) if self._normalizer else text
+
+    def _letters(self, text: str) -> str:
+        """What the model sees of a text."""
+        normal = self._normal(text)
         if self._pre_tokenizer is None:
             return normal
         return "".join(part for part, _ in self._pre_tokenizer.pre_tokenize_str(normal))

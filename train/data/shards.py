@@ -42,6 +42,23 @@ def map_shards(files: Files, tokenizer: Tokenizer, digest: Any) -> Encoded:
     return Encoded(tuple(arrays), origins_D, ends_D - origins_D, separators_added=False)
 
 
+def digest_shards(files: Files, digest: Any) -> None:
+    """Update `digest` as `map_shards` does, which needs the tokenizer for it.
+
+    Raises:
+      ConfigError: an unsound file.
+    """
+    for path in files.paths:
+        if files.kind == "npy":
+            array = _map_npy(files.field, path)
+            for begin in range(0, len(array), _CHUNK):
+                digest.update(np.ascontiguousarray(array[begin : begin + _CHUNK]).data)
+        else:
+            with reading(files.field, path, "a file of tokens"), open(regular(path), "rb") as file:
+                while chunk := file.read(_CHUNK):
+                    digest.update(chunk)
+
+
 def _map_npy(field: str, path: Path) -> np.ndarray:
     with reading(
         field, path, "a sound .npy file of integers: of another kind, or cut short; write it with numpy.save"

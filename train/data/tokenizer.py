@@ -43,6 +43,8 @@ class Tokenizer(abc.ABC):
     separator: int
     name: str = TOKENIZER_FILE
     """The file that it came from, for errors."""
+    encoding_rules: int = 1
+    """Counts the ways in which moejax has made ids with such a tokenizer: the same file may give others since."""
 
     @abc.abstractmethod
     def encode(self, text: str) -> np.ndarray:

@@ -13,7 +13,11 @@ from train import metrics
 from train.config import TrainConfig
 from train.config_io import load_config, naming_versions, version_in
 from train.errors import ConfigError
+from train.fields import shown
 from train.reading import reading
+
+# Lists in lists that the numbers of the layers are drawn from; all that is no layer's is a number.
+_DEPTHS = {"load": 2, "max_vio": 1, "router_entropy": 1, "logit_norm": 1}
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,44 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
         writer = version_in(config)
     with naming_versions(writer, path / metrics.FILE_NAME):
         lines = list(metrics.read(path / metrics.FILE_NAME))
+        with reading("RUN", path / metrics.FILE_NAME, "a file of metrics"):  # lists may be nested deeply
+            _refuse_other_shapes(path / metrics.FILE_NAME, lines)
     steps = [line for line in lines if "loss" in line]
     if not steps:
         raise ConfigError("RUN", directory, "has logged no step yet")
     evaluations = [line for line in lines if "eval/loss" in line]
     return Run(path.resolve().name, path, load_config(config), steps, evaluations)
+
+
+def _refuse_other_shapes(path: Path, lines: list[dict[str, Any]]) -> None:
+    """A ConfigError where a line has lists for a number, or lists of other lengths than the lines before it."""
+    shapes: dict[str, Any] = {}
+    for line in lines:
+        for name, value in line.items():
+            of_layers = metrics.LAYERS in name
+            depth = _DEPTHS.get(name.partition(metrics.LAYERS)[2]) if of_layers else 0
+            if depth is None:  # is not drawn
+                continue
+            shape = _shape(value)
+            if _depth(shape) != depth or shapes.setdefault(name, shape) != shape:
+                kind = (
+                    "a number"
+                    if depth == 0
+                    else f"a list of {'numbers' if depth == 1 else 'lists'} per layer"
+                )
+                rule = f"is not a record of metrics: {shown(name)} at step {line['step']} must be {kind}"
+                raise ConfigError("RUN", path, rule + (", as on the lines before it" if depth else ""))
+
+
+def _shape(value: Any) -> Any:
+    """Nested lists as nested tuples, a number as None."""
+    return tuple(map(_shape, value)) if isinstance(value, list) else None
+
+
+def _depth(shape: Any) -> int | None:
+    """How deeply a shape is nested; None where a list is empty, or its entries are not alike."""
+    if shape is None:
+        return 0
+    depths = set(map(_depth, shape))
+    depth = depths.pop() if len(depths) == 1 else None
+    return None if depth is None else depth + 1

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from train.config import TrainConfig
-from train.data import load_corpus, load_tokenizer, validation_batches
+from train.data import load_tokenizer, validation_batches
 from train.errors import ConfigError
 from train.evaluate import restore_params
+from train.inputs import read_began, read_inputs
 from train.model import ModelSpec, product_precision
 from train.observe import coactivation
 from train.report.runs import Run
@@ -61,14 +62,14 @@ def specialisation(run: Run) -> Specialisation | None:
     """Look at the newest checkpoint of a run with some of its validation text; None for a dense model.
 
     Raises:
-      ConfigError: no sound checkpoint, or the data has gone.
+      ConfigError: no sound checkpoint, or the data has gone or has other content.
     """
     config = run.config
     tokenizer = load_tokenizer(run.directory)
     spec = ModelSpec.from_config(config, tokenizer.vocab_size)
     if not spec.num_moe_layers:
         return None
-    corpus = load_corpus(config.data, tokenizer)
+    inputs = read_inputs(config, run.directory, config, read_began(run.directory), tokenizer)
     step, params, _ = restore_params(run.directory, config, spec.abstract_params(None))
     model = spec.merge(params)
 
@@ -80,7 +81,7 @@ def specialisation(run: Run) -> Specialisation | None:
 
     tokens_T: list[np.ndarray] = []
     ids: list[list[np.ndarray]] = []  # of each batch and layer: layers may choose differently many experts
-    for batch in _some_batches(corpus, config):
+    for batch in _some_batches(inputs.corpus, config):
         arrays = (jnp.asarray(batch[name]) for name in ("tokens", "segments", "positions"))
         tokens_T.append(batch["tokens"].reshape(-1))
         ids.append(jax.device_get(ids_of(*arrays)))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from train.config import DataConfig
-from train.data import build_tokenizer, load_corpus
+from train.data import build_tokenizer, content_hash, load_corpus
 from train.data.encoded import Encoded
 from train.data.sources import find_files, read_documents
 from train.errors import ConfigError
@@ -70,6 +70,7 @@ def test_several_documents(source):
     held_out = len(bytes(t for t in corpus.validation.tokens().tolist() if t < 256))
     assert 0.1 * total <= held_out < 0.2 * total
     assert load(source).content_hash == corpus.content_hash
+    assert content_hash(DataConfig(path=str(source))) == corpus.content_hash, "without tokens"
     assert load(source).validation.tokens().tolist() == corpus.validation.tokens().tolist()
 
 
@@ -98,6 +99,8 @@ def test_validation_path(tmp_path):
     corpus = load(tmp_path / "a.txt", validation_path=str(tmp_path / "b.txt"))
     assert bytes(corpus.train.tokens().tolist()) == b"training text"
     assert bytes(corpus.validation.tokens().tolist()) == b"validation text"
+    places = DataConfig(path=str(tmp_path / "a.txt"), validation_path=str(tmp_path / "b.txt"))
+    assert content_hash(places) == corpus.content_hash
     (tmp_path / "b.txt").write_text("validation test")
     assert (
         load(tmp_path / "a.txt", validation_path=str(tmp_path / "b.txt")).content_hash != corpus.content_hash

@@ -3,7 +3,7 @@ import pytest
 import tokenizers
 
 from train.config import DataConfig
-from train.data import TrainingBatches, build_tokenizer, load_corpus, shards, validation_batches
+from train.data import TrainingBatches, build_tokenizer, content_hash, load_corpus, shards, validation_batches
 from train.errors import ConfigError
 
 # Byte-tokenizer ids: nine documents of ten letters, each ended by the separator.
@@ -12,7 +12,9 @@ TOKENS = np.concatenate([[65 + number] * 10 + [256] for number in range(9)]).ast
 
 def load(path, **options):
     config = DataConfig(path=str(path), sequence_length=4, **options)
-    return load_corpus(config, build_tokenizer(config))
+    corpus = load_corpus(config, build_tokenizer(config))
+    assert content_hash(config) == corpus.content_hash
+    return corpus
 
 
 @pytest.fixture(params=["npy", "bin", "two npy"])

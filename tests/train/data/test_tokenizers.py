@@ -321,6 +321,23 @@ class TestNothingIsLost:
         with pytest.raises(ConfigError, match=r"'é' \(U\+00E9\), at place 1 of f\.jsonl line 2, and"):
             tokenizer.encode_documents(documents)
 
+    def test_characters_that_combine_are_looked_at_together(self):
+        def encode(known, text, added=()):
+            model = tokenizers.models.BPE({letter: i for i, letter in enumerate(known)}, [])
+            plain = tokenizers.Tokenizer(model)
+            plain.normalizer = tokenizers.normalizers.NFC()
+            plain.add_tokens(list(added))
+            return HuggingFaceTokenizer(plain.to_str()).encode(text).tolist()
+
+        assert encode("eé", "ee\u0301e") == [0, 1, 0], "nothing is lost"
+        with pytest.raises(ConfigError, match=r"'é' \(U\+00E9\), to which the text is normalised, and no"):
+            encode("e\u0301", "ee\u0301")
+        with pytest.raises(ConfigError, match=r"'\u0301' \(U\+0301\), at place 0 of the text"):
+            encode("eé", "\u0301ee\u0301")
+        assert encode("e", "e<ñ>e", ["<ñ>"]) == [0, 1, 0], "a character of an added token"
+        with pytest.raises(ConfigError, match=r"'ñ' \(U\+00F1\), at place 2 of the text"):
+            encode("e", "e<ñ>eñ", ["<ñ>"])
+
     def test_where_nothing_can_be_lost_nothing_is_looked_at(self):
         assert small_bpe(PRE.ByteLevel(), BYTES)._pieces is None
         assert small_bpe(PRE.Whitespace(), unk_token="<unk>")._pieces is None
