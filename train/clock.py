@@ -61,18 +61,21 @@ def now() -> float:
 
 @contextmanager
 def unless_done_within(seconds: float, act: Callable[[], None]) -> Iterator[None]:
-    """A block that takes so long calls `act` once, in a thread of its own."""
-    done = threading.Event()
+    """A block that takes so long calls `act` once, in a thread of its own; never after the block has ended."""
+    done, ending = threading.Event(), threading.Lock()
 
     def wait() -> None:
         deadline = now() + seconds
         while (left := deadline - now()) > 0:
             if done.wait(min(left, TICK_SECONDS)):
                 return
-        act()
+        with ending:
+            if not done.is_set():
+                act()
 
     threading.Thread(target=wait, daemon=True).start()
     try:
         yield
     finally:
-        done.set()
+        with ending:
+            done.set()

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -94,6 +95,28 @@ def test_patience_ends_by_itself_and_with_the_block():
         pass
     time.sleep(0.1)
     assert said == ["late"]
+
+
+def test_a_block_that_ends_at_the_last_moment_was_in_time(monkeypatch):
+    """It ends between the last wait and the look at the clock that finds it late."""
+    looks, at_the_last_look, left, said = [], threading.Event(), threading.Event(), []
+
+    def look():
+        looks.append(None)
+        if len(looks) == 3:
+            at_the_last_look.set()
+            left.wait(20)
+        return len(looks)
+
+    monkeypatch.setattr(clock, "now", look)
+    monkeypatch.setattr(clock, "TICK_SECONDS", 0.01)
+    before = set(threading.enumerate())
+    with unless_done_within(1.5, lambda: said.append("late")):
+        (thread,) = set(threading.enumerate()) - before
+        assert at_the_last_look.wait(20)
+    left.set()
+    thread.join(20)
+    assert len(looks) == 3 and not thread.is_alive() and not said
 
 
 SUSPENDED = """
