@@ -20,6 +20,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from train import clock, processes
 from train import leaves as lv
 from train.checkpoint_files import RECORD, checkpoint_steps, read_record
 from train.config import CheckpointConfig
-from train.errors import ConfigError, TrainingFailed
+from train.errors import ConfigError, SaveStuck, TrainingFailed
 from train.fields import shown
 from train.integrity import (
     find_fault,
@@ -51,8 +52,10 @@ BEST, EXTENT = "eval/loss", "eval/tokens"
 EVALUATED = "eval/tokens_evaluated"
 """The entry of `extra` that has the tokens of the whole evaluation, of which those above may be the first ones."""
 
-SAVE_SECONDS = 24 * 3600
-"""How long Orbax may write one checkpoint, by the clock on the wall: the run may be suspended meanwhile."""
+SAVE_SECONDS = 600
+"""How long one checkpoint may take to be written, without the time in which the run is suspended."""
+_WALL_SECONDS = 24 * 3600
+"""The same for Orbax, which goes by the clock on the wall: more than a suspended run may sleep."""
 
 _saves = (
     itertools.count()
@@ -82,9 +85,10 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self._config = config
         self._primary = jax.process_index() == 0
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), timeout_secs=SAVE_SECONDS)
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), timeout_secs=_WALL_SECONDS)
         self._finisher = ThreadPoolExecutor(1, "checkpoint")
-        self._saving: tuple[int, Future[None]] | None = None
+        # Its step, its end, and when that is late.
+        self._saving: tuple[int, Future[None], float] | None = None
         # When the newest save began, or this run, and how long the caller waited for its copy.
         self._times = clock.now(), 0.0
         self._damaged: set[int] = set()
@@ -137,7 +141,8 @@ class Checkpoints:
             raise self._failure(step, error) from error
         finish = self._finish if self._primary else self._finish_part
         self._times = began, clock.now() - began
-        self._saving = step, self._finisher.submit(finish, step, pending, record, str(next(_saves)))
+        done = self._finisher.submit(finish, step, pending, record, str(next(_saves)))
+        self._saving = step, done, clock.now() + SAVE_SECONDS
         if self._config.wait:
             self.wait()
 
@@ -243,10 +248,15 @@ class Checkpoints:
         Raises:
           TrainingFailed: it could not be written, for instance because the disk is full. Earlier
             checkpoints are intact.
+          SaveStuck: it has not been written within `SAVE_SECONDS`, for instance because the disk does not answer.
         """
         if self._saving is None:
             return
-        step, done = self._saving
+        step, done, deadline = self._saving
+        while not done.done():
+            if clock.now() >= deadline:
+                raise SaveStuck(step, SAVE_SECONDS)  # nothing here may ask the disk
+            futures.wait([done], timeout=clock.TICK_SECONDS)
         self._saving = None
         try:
             done.result()
@@ -254,12 +264,13 @@ class Checkpoints:
             raise self._failure(step, error) from error
 
     def close(self) -> None:
-        """Finish the save in progress and end the threads. Raises like `wait`."""
+        """Finish the save in progress and end the threads. Raises like `wait`; the threads of a stuck save go on."""
         try:
             self.wait()
         finally:
-            self._finisher.shutdown()
-            self._checkpointer.close()
+            if self._saving is None:
+                self._finisher.shutdown()
+                self._checkpointer.close()
 
     # ---- looking ----
 

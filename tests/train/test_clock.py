@@ -8,12 +8,14 @@ import threading
 import time
 import types
 
+import jax
 import pytest
 
 from train import checkpoint, clock, monitor
 from train.checkpoint import Checkpoints
 from train.clock import ASLEEP_SECONDS, TICK_SECONDS, Clock, unless_done_within
 from train.config import CheckpointConfig, LogConfig
+from train.errors import SaveStuck
 from train.metrics import read
 from train.terminal import Pace
 from train.watchdog import Watchdog
@@ -84,6 +86,35 @@ def test_a_write_may_be_suspended_for_hours(monkeypatch, tmp_path):
     with Checkpoints(tmp_path, CheckpointConfig()):
         pass
     assert seconds == [24 * 3600], "by the clock on the wall"
+
+
+def test_a_write_that_hangs_ends_the_run_after_ten_minutes_awake(system, monkeypatch, tmp_path):
+    answers, waited = threading.Event(), []
+
+    def wait(_, timeout):
+        waited.append(timeout)
+        system.pass_by(timeout)
+        system.now += 7200 if len(waited) == 1 else 0
+
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    monkeypatch.setattr(checkpoint.futures, "wait", wait)
+    written = checkpoints._checkpointer.wait_until_finished
+    monkeypatch.setattr(
+        checkpoints._checkpointer, "wait_until_finished", lambda: answers.wait(20) and written()
+    )
+    checkpoints.save(1, {"w": jax.numpy.ones(2)}, {}, {})
+    try:
+        for _ in range(2):  # the error of `save`, and of the end of the block that it leaves
+            with pytest.raises(SaveStuck, match="step 1 could not be written: it has not ended after 600 s"):
+                checkpoints.close()
+        assert sum(waited) == 600 - TICK_SECONDS, "time asleep is one tick"
+    finally:
+        answers.set()
+        monkeypatch.undo()
+    while checkpoints._saving and not checkpoints._saving[1].done():
+        time.sleep(0.01)
+    checkpoints.close()
+    assert checkpoints.steps() == [1]
 
 
 def test_patience_ends_by_itself_and_with_the_block():
