@@ -1,5 +1,6 @@
 """Time asleep is no time at work, wherever time is measured."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -47,6 +48,16 @@ def test_a_gap_counts_as_one_tick(system):
     assert clock.now() - began == 20 + TICK_SECONDS
     system.now += ASLEEP_SECONDS
     assert clock.now() - began == 20 + TICK_SECONDS + ASLEEP_SECONDS, "a short wait is work"
+
+
+def test_what_is_not_counted_is_logged_at_most_once_a_minute(system, caplog):
+    """A call that lets no other thread run is taken for a suspension too."""
+    caplog.set_level(logging.INFO, "moejax")
+    for gap in (100, 20, 30, 5, 60):
+        system.now += gap
+        clock.now()
+    why = "s are not counted: the process was suspended, or nothing in it could run"
+    assert caplog.messages == [f"99 {why}", f"{19 + 29 + 59} {why}"]
 
 
 def test_no_one_counts_the_time_asleep(system, tmp_path):
