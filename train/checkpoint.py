@@ -50,7 +50,7 @@ log = logging.getLogger("moejax")
 BEST, EXTENT = "eval/loss", "eval/tokens"
 """The entries of `extra` by which the best checkpoint is chosen: the lowest loss among those over as many tokens."""
 EVALUATED = "eval/tokens_evaluated"
-"""The entry of `extra` that has the tokens of the whole evaluation, of which those above may be the first ones."""
+"""The entry of `extra` that has the tokens of the whole evaluation; those above may be only its first ones."""
 
 SAVE_SECONDS = 600
 """How long one checkpoint may take to be written, without the time in which the run is suspended."""
@@ -224,7 +224,7 @@ class Checkpoints:
                 aside.rename(place)
 
     def _failure(self, step: int, error: Exception) -> TrainingFailed:
-        """What a failed save is reported as; its half-written files are removed to make room."""
+        """The error that reports a failed save; its half-written files are removed to make room."""
         self._swept = False
         if self._primary:
             self._sweep()
@@ -461,7 +461,7 @@ def _all_hashes(pending: Path, topic: str) -> str:
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
-    """What tells a folder from another of the same name; None where there is none."""
+    """Device and inode of a folder, which another one of the same name does not share; None where there is none."""
     try:
         found = folder.stat()
     except OSError:
@@ -470,7 +470,7 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 
 def _from_primary(step: int) -> int:
-    """What process 0 says, on all processes."""
+    """Process 0's step, on all processes."""
     if jax.process_count() == 1:
         return step
     return int(multihost_utils.broadcast_one_to_all(np.int32(step)))

@@ -26,7 +26,7 @@ from train.fields import get, override
 
 @dataclass(frozen=True)
 class Began:
-    """What the checkpoints of a run say of the files that it began with.
+    """The files that a run began with, as its checkpoints describe them.
 
     Fields:
       content_hash: of the data.
@@ -59,7 +59,7 @@ class Inputs:
 
 
 def marks(corpus: Corpus, workdir: pathlib.Path) -> dict[str, Any]:
-    """What a checkpoint's `extra` has for `read_began`."""
+    """The entries of a checkpoint's `extra` that `read_began` reads."""
     run_directory = os.path.abspath(workdir)
     return {
         "content_hash": corpus.content_hash,
@@ -69,7 +69,7 @@ def marks(corpus: Corpus, workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def read_began(workdir: pathlib.Path) -> Began | None:
-    """What the newest readable record of a run says; None where it has no checkpoint."""
+    """The files that a run began with, by its newest readable record; None where it has no checkpoint."""
     checkpoints = workdir / "checkpoints"
     for step in reversed(checkpoint_steps(checkpoints)):
         with contextlib.suppress(Exception):  # damaged, or removed by a running training: restoring says so

@@ -37,7 +37,7 @@ _START = pathlib.Path(__file__).resolve().parent.parent / "moejax_cli" / "__init
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 # How a process ends because another one has: by jax's runtime, or as `OthersLost`.
 _VICTIM = (-signal.SIGABRT, OthersLost.exit_code)
-# What Gloo writes to stdout for each group of processes that it connects.
+# Gloo writes this to stdout for each group of processes that it connects.
 _NOISE = "[Gloo] Rank "
 
 
@@ -85,7 +85,7 @@ class Worker:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if not line.startswith(_NOISE):
-                # Whatever becomes of our own output: a process whose output nobody reads stands still.
+                # Whatever becomes of our own output: a process whose output nobody reads stops.
                 with contextlib.suppress(OSError, ValueError):
                     sys.stdout.write(line)
                     sys.stdout.flush()
@@ -96,7 +96,7 @@ class Worker:
         for line in itertools.chain(self.process.stdout, [""]):
             self.last_lines.extend([line.rstrip()] if line else [])
             waiting.append(line)
-            # Whatever the disk says: a process whose output nobody reads stands still.
+            # Whatever the disk says: a process whose output nobody reads stops.
             with contextlib.suppress(OSError):
                 if self.log is not None and self.log.parent.parent.is_dir():
                     self.log.parent.mkdir(exist_ok=True)

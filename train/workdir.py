@@ -20,7 +20,7 @@ from train.paths import expanded
 log = logging.getLogger("moejax")
 
 _DATA_FILE = 2**31  # bytes from which on Orbax begins another file
-# What of a state is surely written: parameters hardly compress, and with two moments they are a third of it.
+# The share of a state that is surely written: parameters hardly compress, and with two moments they are a third of it.
 _INCOMPRESSIBLE = 0.25
 # The longest path in a checkpoint that is being written; the last part is a hash.
 _LONGEST = "{step}/state.orbax-checkpoint-tmp/ocdbt.process_{process}/d/" + 32 * "0"
