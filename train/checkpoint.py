@@ -167,7 +167,7 @@ class Checkpoints:
         began, blocked = self._times
         whole = clock.now() - began
         log.info(
-            "checkpoint of step %d: written in %.2f s, of which the steps waited %.2f s",
+            "checkpoint of step %d: written in %.2f s; the steps waited %.2f s of it",
             *(step, whole, whole if self._config.wait else blocked),
         )
         self._prune(step)

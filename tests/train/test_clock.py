@@ -109,10 +109,8 @@ def test_a_write_that_hangs_ends_the_run_after_ten_minutes_awake(system, monkeyp
 
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
     monkeypatch.setattr(checkpoint.futures, "wait", wait)
-    written = checkpoints._checkpointer.wait_until_finished
-    monkeypatch.setattr(
-        checkpoints._checkpointer, "wait_until_finished", lambda: answers.wait(20) and written()
-    )
+    written = checkpoint.write_manifest
+    monkeypatch.setattr(checkpoint, "write_manifest", lambda *given: answers.wait(60) and written(*given))
     checkpoints.save(1, {"w": jax.numpy.ones(2)}, {}, {})
     try:
         for _ in range(2):  # the error of `save`, and of the end of the block that it leaves
