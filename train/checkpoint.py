@@ -20,6 +20,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from train import clock, processes
 from train import leaves as lv
 from train.checkpoint_files import RECORD, checkpoint_steps, read_record
 from train.config import CheckpointConfig
-from train.errors import ConfigError, TrainingFailed
+from train.errors import ConfigError, SaveStuck, TrainingFailed
 from train.fields import shown
 from train.integrity import (
     find_fault,
@@ -49,10 +50,12 @@ log = logging.getLogger("moejax")
 BEST, EXTENT = "eval/loss", "eval/tokens"
 """The entries of `extra` by which the best checkpoint is chosen: the lowest loss among those over as many tokens."""
 EVALUATED = "eval/tokens_evaluated"
-"""The entry of `extra` that has the tokens of the whole evaluation, of which those above may be the first ones."""
+"""The entry of `extra` that has the tokens of the whole evaluation; those above may be only its first ones."""
 
-SAVE_SECONDS = 24 * 3600
-"""How long Orbax may write one checkpoint, by the clock on the wall: the run may be suspended meanwhile."""
+SAVE_SECONDS = 600
+"""How long one checkpoint may take to be written, without the time in which the run is suspended."""
+_WALL_SECONDS = 24 * 3600
+"""The same for Orbax, which goes by the clock on the wall: more than a suspended run may sleep."""
 
 _saves = (
     itertools.count()
@@ -82,9 +85,10 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self._config = config
         self._primary = jax.process_index() == 0
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), timeout_secs=SAVE_SECONDS)
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), timeout_secs=_WALL_SECONDS)
         self._finisher = ThreadPoolExecutor(1, "checkpoint")
-        self._saving: tuple[int, Future[None]] | None = None
+        # Its step, its end, and when that is late.
+        self._saving: tuple[int, Future[None], float] | None = None
         # When the newest save began, or this run, and how long the caller waited for its copy.
         self._times = clock.now(), 0.0
         self._damaged: set[int] = set()
@@ -137,7 +141,8 @@ class Checkpoints:
             raise self._failure(step, error) from error
         finish = self._finish if self._primary else self._finish_part
         self._times = began, clock.now() - began
-        self._saving = step, self._finisher.submit(finish, step, pending, record, str(next(_saves)))
+        done = self._finisher.submit(finish, step, pending, record, str(next(_saves)))
+        self._saving = step, done, clock.now() + SAVE_SECONDS
         if self._config.wait:
             self.wait()
 
@@ -162,7 +167,7 @@ class Checkpoints:
         began, blocked = self._times
         whole = clock.now() - began
         log.info(
-            "checkpoint of step %d: written in %.2f s, of which the steps waited %.2f s",
+            "checkpoint of step %d: written in %.2f s; the steps waited %.2f s of it",
             *(step, whole, whole if self._config.wait else blocked),
         )
         self._prune(step)
@@ -219,7 +224,7 @@ class Checkpoints:
                 aside.rename(place)
 
     def _failure(self, step: int, error: Exception) -> TrainingFailed:
-        """What a failed save is reported as; its half-written files are removed to make room."""
+        """The error that reports a failed save; its half-written files are removed to make room."""
         self._swept = False
         if self._primary:
             self._sweep()
@@ -243,10 +248,15 @@ class Checkpoints:
         Raises:
           TrainingFailed: it could not be written, for instance because the disk is full. Earlier
             checkpoints are intact.
+          SaveStuck: it has not been written within `SAVE_SECONDS`, for instance because the disk does not answer.
         """
         if self._saving is None:
             return
-        step, done = self._saving
+        step, done, deadline = self._saving
+        while not done.done():
+            if clock.now() >= deadline:
+                raise SaveStuck(step, SAVE_SECONDS)  # nothing here may ask the disk
+            futures.wait([done], timeout=clock.TICK_SECONDS)
         self._saving = None
         try:
             done.result()
@@ -254,12 +264,13 @@ class Checkpoints:
             raise self._failure(step, error) from error
 
     def close(self) -> None:
-        """Finish the save in progress and end the threads. Raises like `wait`."""
+        """Finish the save in progress and end the threads. Raises like `wait`; the threads of a stuck save go on."""
         try:
             self.wait()
         finally:
-            self._finisher.shutdown()
-            self._checkpointer.close()
+            if self._saving is None:
+                self._finisher.shutdown()
+                self._checkpointer.close()
 
     # ---- looking ----
 
@@ -450,7 +461,7 @@ def _all_hashes(pending: Path, topic: str) -> str:
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
-    """What tells a folder from another of the same name; None where there is none."""
+    """Device and inode of a folder, which another one of the same name does not share; None where there is none."""
     try:
         found = folder.stat()
     except OSError:
@@ -459,7 +470,7 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 
 def _from_primary(step: int) -> int:
-    """What process 0 says, on all processes."""
+    """Process 0's step, on all processes."""
     if jax.process_count() == 1:
         return step
     return int(multihost_utils.broadcast_one_to_all(np.int32(step)))

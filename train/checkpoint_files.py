@@ -1,4 +1,4 @@
-"""What lies in `checkpoints/`, for those who only look: no jax is needed."""
+"""The contents of `checkpoints/`, for those who only look: no jax is needed."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from train.cli_help import overview, show_help
 from train.commands import COMMANDS, use_cpu_devices
 from train.config import TrainConfig
-from train.errors import ConfigError, FailedTogether, RunError, TrainingFailed
+from train.errors import ConfigError, FailedTogether, RunError, SaveStuck, TrainingFailed
 from train.fields import leaf_types, nearest, shown, unknown_field
 from train.logs import logged_to
 from train.streams import drop_unread, mend_streams, say
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         # Bytes of the command line that are no UTF-8 are shown as escapes.
         say(f"error: {line.encode('utf-8', 'backslashreplace').decode()}")
         if isinstance(error, TrainingFailed) and not isinstance(error, FailedTogether):
-            _leave_the_others(error.exit_code)
+            _leave_others(error)
         return error.exit_code
     except KeyboardInterrupt:
         if words.traceback:
@@ -72,15 +72,15 @@ def _warnings_shown() -> Iterator[None]:
         yield
 
 
-def _leave_the_others(exit_code: int) -> None:
-    """End a process of several that has failed alone at once: in order, it would first wait for the others.
+def _leave_others(error: TrainingFailed) -> None:
+    """End at once where an end in order would first wait for others: for processes, or for a thread that is stuck.
 
-    They cannot go on without it, and find out by its silence or from whoever started them all.
+    Other processes cannot go on without this one, and find out by its silence or from whoever started them all.
     """
     jax = sys.modules.get("jax")
-    if jax is not None and jax.distributed.is_initialized():
+    if isinstance(error, SaveStuck) or (jax is not None and jax.distributed.is_initialized()):
         drop_unread()
-        os._exit(exit_code)
+        os._exit(error.exit_code)
 
 
 def _run(words: Words) -> int:

@@ -185,7 +185,7 @@ def version_in(path: pathlib.Path) -> str | None:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases, of which a few lines make gigabytes, and without a key that is there twice."""
+    """YAML without aliases, for a few lines of them make gigabytes, and without a key that is there twice."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):

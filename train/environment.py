@@ -21,7 +21,7 @@ MAX_CPU_DEVICES = 4096
 OPEN_FILES, FEWEST_FILES = 4096, 128
 """Files that may be open at once: what is asked for, and below what nothing begins."""
 LEAST_KIBIBYTES = 2 * 2**20
-"""Address space, most of which is only reserved, below which jax does not even load everywhere."""
+"""The least address space: with less, jax does not load everywhere, though it only reserves most of it."""
 
 # Settings of jax that would change a run's numbers behind its config's back, with the only value they may have.
 _FIXED = {

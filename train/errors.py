@@ -42,6 +42,21 @@ class TrainingFailed(RunError):
     exit_code = 3
 
 
+class SaveStuck(TrainingFailed):
+    """A checkpoint is not written in time. Its threads may wait for ever, so the process must not wait for them.
+
+    Args:
+      step: that of the checkpoint.
+      seconds: how long it has had.
+    """
+
+    def __init__(self, step: int, seconds: float):
+        super().__init__(
+            f"the checkpoint of step {step} could not be written: it has not ended after {seconds:.0f} s; look at the "
+            "disk of the workdir; the same command goes on from the checkpoint before it"
+        )
+
+
 class FailedTogether(TrainingFailed):
     """The same, in every process of the run: they end in order, each with this error's code."""
 

@@ -27,7 +27,7 @@ from train.integrity import has_its_hash
 
 @dataclass(frozen=True)
 class Began:
-    """What a run says of the files that it began with.
+    """The files that a run began with, as the run describes them.
 
     Fields:
       content_hash: of the data.
@@ -68,7 +68,7 @@ class Inputs:
 
 
 def marks(corpus: Corpus, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a checkpoint's `extra` has for `read_began`."""
+    """The entries of a checkpoint's `extra` that `read_began` reads."""
     return {
         "content_hash": corpus.content_hash,
         "tokens": corpus.train.num_tokens,
@@ -78,7 +78,7 @@ def marks(corpus: Corpus, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def read_began(workdir: pathlib.Path) -> Began | None:
-    """What the newest sound record of a run says; None where it has no checkpoint.
+    """The files that a run began with, by its newest sound record; None where it has no checkpoint.
 
     The run's folder comes from its config.yaml, which has the paths; from the record where the config has none.
     """

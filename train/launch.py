@@ -37,7 +37,7 @@ _START = pathlib.Path(__file__).resolve().parent.parent / "moejax_cli" / "__init
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 # How a process ends because another one has: by jax's runtime, or as `OthersLost`.
 _VICTIM = (-signal.SIGABRT, OthersLost.exit_code)
-# What Gloo writes to stdout for each group of processes that it connects.
+# Gloo writes this to stdout for each group of processes that it connects.
 _NOISE = "[Gloo] Rank "
 
 
@@ -85,7 +85,7 @@ class Worker:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if not line.startswith(_NOISE):
-                # Whatever becomes of our own output: a process whose output nobody reads stands still.
+                # Whatever becomes of our own output: a process whose output nobody reads stops.
                 with contextlib.suppress(OSError, ValueError):
                     sys.stdout.write(line)
                     sys.stdout.flush()
@@ -96,7 +96,7 @@ class Worker:
         for line in itertools.chain(self.process.stdout, [""]):
             self.last_lines.extend([line.rstrip()] if line else [])
             waiting.append(line)
-            # Whatever the disk says: a process whose output nobody reads stands still.
+            # Whatever the disk says: a process whose output nobody reads stops.
             with contextlib.suppress(OSError):
                 if self.log is not None and self.log.parent.parent.is_dir():
                     self.log.parent.mkdir(exist_ok=True)
@@ -196,11 +196,10 @@ def _passing_signals_on(workers: Sequence[Worker]) -> Iterator[None]:
 
     def suspend(*_: object) -> None:
         # Ctrl-Z. The workers have groups of their own, so they would go on and fill a pipe that nobody empties.
-        for worker in workers:
-            worker.signal(signal.SIGSTOP)
-        os.kill(os.getpid(), signal.SIGSTOP)
-        for worker in workers:
-            worker.signal(signal.SIGCONT)
+        with _woken_at_the_end(workers):
+            for worker in workers:
+                worker.signal(signal.SIGSTOP)
+            os.kill(os.getpid(), signal.SIGSTOP)
 
     handlers = dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), pass_on) | {
         signal.SIGTSTP: suspend
@@ -213,6 +212,25 @@ def _passing_signals_on(workers: Sequence[Worker]) -> Iterator[None]:
             worker.signal(signal.SIGKILL)
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _woken_at_the_end(workers: Sequence[Worker]) -> Iterator[None]:
+    """Let the workers go on when the block ends, also when it ends with this process.
+
+    The SIGTERM that they then get waits for as long as they are suspended, so a guardian wakes them: it reads a pipe
+    whose other end this process alone holds.
+    """
+    groups = [str(worker.process.pid) for worker in workers if worker.process.poll() is None]
+    script = 'read _; for group; do kill -s CONT -- "-$group"; done'
+    with subprocess.Popen(
+        ["sh", "-c", script, "sh", *groups],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-Z does not reach it
+    ):
+        yield
 
 
 def _wait_for_first_failure(workers: Sequence[Worker]) -> Worker | None:

@@ -23,7 +23,7 @@ from train.watch import ExpertWatch
 class Monitor:
     """Reports a run; made once, by process 0.
 
-    A resumed run goes on where its checkpoint stands: lines of later steps are cut from `metrics.jsonl`, and
+    A resumed run goes on at the step of its checkpoint: lines of later steps are cut from `metrics.jsonl`, and
     TensorBoard forgets them. A run from step 0 starts both afresh.
 
     All that is logged to `logging.getLogger("moejax")` goes to `log.txt` and to the terminal, above its bar.
@@ -77,7 +77,7 @@ class Monitor:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, where: object) -> None:
-        """Close every file and leave the terminal in order; what ended the run stands last in `log.txt`."""
+        """Close every file and leave the terminal in order; the last line of `log.txt` says what ended the run."""
         if error is not None:
             # Only there: the terminal gets its line from whoever handles the error.
             text = f"ended by {type(error).__name__}: {' '.join(str(error).split())}"
@@ -173,7 +173,7 @@ class Monitor:
 
 
 class Bystander:
-    """What stands in for the monitor in every process but the first: it reports nothing."""
+    """Takes the monitor's place in every process but the first: it reports nothing."""
 
     def __enter__(self) -> Bystander:
         """Nothing to open."""

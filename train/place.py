@@ -1,4 +1,4 @@
-"""Where a process stands in its run: said by flags, by `moejax launch`, or by the scheduler that started it."""
+"""The place of a process in its run: said by flags, by `moejax launch`, or by the scheduler that started it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FIRST_PORT, _PORTS = 2**16 - 2**12, 2**12  # the top of the ephemeral range, wh
 
 @dataclass(frozen=True)
 class Place:
-    """Where a process stands in its run.
+    """The place of a process in its run.
 
     Fields:
       coordinator: host:port of process 0's service.

@@ -1,4 +1,4 @@
-"""What the processes of one run tell each other, through the coordinator, and what they do together."""
+"""The processes of one run tell each other texts, through the coordinator, and do some things together."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _meetings = itertools.count()
 
 
 def versions() -> str:
-    """What must be alike in all processes, or their programs differ."""
+    """The versions that must be alike in all processes, or their programs differ."""
     return ", ".join(f"{name} {version_of(name)}" for name in ("moejax", "jax", "jaxlib", "flax", "optax"))
 
 
@@ -113,7 +113,7 @@ def put(topic: str, text: str) -> None:
 
 
 def look(topic: str) -> dict[int, str]:
-    """What `put` has left under a topic, by process."""
+    """The texts that `put` has left under a topic, by process."""
     found = _client().key_value_dir_get(f"moejax/{topic}/")
     return {int(key.rpartition("/")[2]): text for key, text in found}
 

@@ -82,7 +82,7 @@ def without_panics() -> Iterator[None]:
 
 
 def beside(path: str | os.PathLike[str], *patterns: str) -> list[str]:
-    """What lies in the folder of a file that was not found; nothing where that cannot be looked at."""
+    """The files in the folder of one that was not found; none where nobody can look into it."""
     with contextlib.suppress(OSError, ValueError):
         folder = Path(path).parent
         return [str(found) for pattern in patterns for found in folder.glob(pattern)]
@@ -90,7 +90,7 @@ def beside(path: str | os.PathLike[str], *patterns: str) -> list[str]:
 
 
 def reason(error: BaseException) -> str:
-    """What an exception says, in one line of bounded length."""
+    """The text of an exception, in one line of bounded length."""
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     if isinstance(error, UnicodeDecodeError):

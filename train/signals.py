@@ -49,7 +49,7 @@ class Stop:
 
 
 class StopTogether(Stop):
-    """The same for several processes, of which any may be signalled: all stop at the same place.
+    """The same for several processes; any of them may be signalled: all stop at the same place.
 
     jax's coordination service passes SIGTERM on and chooses a place that no process has passed yet.
     """

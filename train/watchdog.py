@@ -1,4 +1,4 @@
-"""A step that never ends: every process says where it stands, those that did not arrive are named, all end.
+"""A step that never ends: every process says which step it has begun, those that did not arrive are named, all end.
 
 The scheduler, or the user, runs the same command again, which goes on from the last checkpoint.
 """
@@ -24,12 +24,12 @@ from train.errors import TrainingFailed
 from train.streams import say
 
 KEPT = 64
-"""Step times of which the median is taken."""
+"""Number of step times; the limit goes by their median."""
 NEEDED = 3
 """Step times without which nothing counts as too long."""
 POLL_SECONDS = 1.0
 MEETING_SECONDS = 5.0
-"""How long a process that gives up waits for the others to say where they stand."""
+"""How long a process that gives up waits for the others to say where they are."""
 
 _TOPIC = "standing"
 
@@ -113,7 +113,7 @@ class Watchdog:
                 return
 
     def _another_gave_up(self) -> bool:
-        """Whether a process asks where this one stands: its limit is lower if it has begun fewer steps."""
+        """Whether a process asks where this one is: its limit is lower if it has begun fewer steps."""
         if jax.process_count() == 1:
             return False
         with contextlib.suppress(Exception):  # a coordinator that has gone is not what is asked for here

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
 import resource
 import shutil
@@ -16,7 +17,11 @@ import jax
 from train.errors import ConfigError
 from train.paths import expanded
 
+log = logging.getLogger("moejax")
+
 _DATA_FILE = 2**31  # bytes from which on Orbax begins another file
+# The share of a state that is surely written: parameters hardly compress, and with two moments they are a third of it.
+_INCOMPRESSIBLE = 0.25
 # The longest path in a checkpoint that is being written; the last part is a hash.
 _LONGEST = "{step}/state.orbax-checkpoint-tmp/ocdbt.process_{process}/d/" + 32 * "0"
 
@@ -66,6 +71,9 @@ class Workdir:
     def require_room(self, state_bytes: int, step: int) -> None:
         """Find out before the first step whether a checkpoint can be written.
 
+        It is written compressed, never to less than a quarter: with less room than that the run is refused, with less
+        than the whole there is a warning.
+
         Args:
           state_bytes: what a checkpoint holds.
           step: the last one, which has the longest name.
@@ -74,18 +82,7 @@ class Workdir:
           ConfigError: no space, no right to write, a file in the way, too long a path. What `make` made is removed.
         """
         with self._removed_if_refused():
-            free = shutil.disk_usage(self.path).free
-            largest_file, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-            limited = largest_file != resource.RLIM_INFINITY and largest_file < min(state_bytes, _DATA_FILE)
-            for is_short, what, size in (
-                (free < state_bytes, "on its disk, free are only", free),
-                (limited, "under the limit of a file's size (ulimit -f), which is", largest_file),
-            ):
-                if is_short:
-                    rule = (
-                        f"has no room for a checkpoint of {_megabytes(state_bytes)} {what} {_megabytes(size)}"
-                    )
-                    raise ConfigError("workdir", self.path, rule)
+            self._compare_with_limits(state_bytes)
             probe = self.path / "checkpoints" / f".pending-{step}"
             there_before = probe.parent.exists()
             try:
@@ -100,6 +97,27 @@ class Workdir:
                 if not there_before:
                     with contextlib.suppress(OSError):
                         probe.parent.rmdir()
+
+    def _compare_with_limits(self, state_bytes: int) -> None:
+        checkpoints = self.path / "checkpoints"  # may be a link to another disk
+        disk = checkpoints if checkpoints.is_dir() else self.path
+        free = shutil.disk_usage(disk).free
+        largest_file, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if largest_file == resource.RLIM_INFINITY:
+            largest_file = _DATA_FILE
+        for what, size, needed in (
+            ("on its disk, free are only", free, state_bytes),
+            (
+                "under the limit of a file's size (ulimit -f), which is",
+                largest_file,
+                min(state_bytes, _DATA_FILE),
+            ),
+        ):
+            rule = f"room for a checkpoint of {_megabytes(state_bytes)} {what} {_megabytes(size)}"
+            if size < needed * _INCOMPRESSIBLE:
+                raise ConfigError("workdir", self.path, f"has no {rule}")
+            if size < needed:
+                log.warning("workdir = %s: has hardly %s", self.path, rule)
 
     @contextlib.contextmanager
     def _removed_if_refused(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ from train.cli import main
 from train.commands import COMMANDS
 from train.config import TrainConfig
 from train.config_io import save_config
-from train.errors import ConfigError, Interrupted, TrainingFailed
+from train.errors import ConfigError, Interrupted, SaveStuck, TrainingFailed
 from train.fields import leaf_types
 
 
@@ -167,6 +167,19 @@ def test_errors_of_a_run_become_exit_codes(capsys, monkeypatch, error, code):
     assert message == (" ".join(str(error).split()) or otherwise[type(error)])
     assert main(["train", "quickstart", "--traceback"]) == code
     assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_a_process_does_not_wait_for_a_thread_that_is_stuck(capsys, monkeypatch):
+    def train(config, name):
+        raise SaveStuck(7, 600)
+
+    codes = []
+    monkeypatch.setitem(sys.modules, "train.loop", types.SimpleNamespace(train=train))
+    monkeypatch.setattr(os, "_exit", codes.append)
+    assert refused(capsys, ["train", "quickstart"], 3).startswith(
+        "the checkpoint of step 7 could not be written"
+    )
+    assert codes == [3]
 
 
 def test_a_bug_shows_its_traceback(monkeypatch):

@@ -1,18 +1,22 @@
 """Time asleep is no time at work, wherever time is measured."""
 
+import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 
+import jax
 import pytest
 
 from train import checkpoint, clock, monitor
 from train.checkpoint import Checkpoints
 from train.clock import ASLEEP_SECONDS, TICK_SECONDS, Clock, unless_done_within
 from train.config import CheckpointConfig, LogConfig
+from train.errors import SaveStuck
 from train.metrics import read
 from train.terminal import Pace
 from train.watchdog import Watchdog
@@ -44,6 +48,16 @@ def test_a_gap_counts_as_one_tick(system):
     assert clock.now() - began == 20 + TICK_SECONDS
     system.now += ASLEEP_SECONDS
     assert clock.now() - began == 20 + TICK_SECONDS + ASLEEP_SECONDS, "a short wait is work"
+
+
+def test_what_is_not_counted_is_logged_at_most_once_a_minute(system, caplog):
+    """A call that lets no other thread run is taken for a suspension too."""
+    caplog.set_level(logging.INFO, "moejax")
+    for gap in (100, 20, 30, 5, 60):
+        system.now += gap
+        clock.now()
+    why = "s are not counted: the process was suspended, or nothing in it could run"
+    assert caplog.messages == [f"99 {why}", f"{19 + 29 + 59} {why}"]
 
 
 def test_no_one_counts_the_time_asleep(system, tmp_path):
@@ -85,6 +99,33 @@ def test_a_write_may_be_suspended_for_hours(monkeypatch, tmp_path):
     assert seconds == [24 * 3600], "by the clock on the wall"
 
 
+def test_a_write_that_hangs_ends_the_run_after_ten_minutes_awake(system, monkeypatch, tmp_path):
+    answers, waited = threading.Event(), []
+
+    def wait(_, timeout):
+        waited.append(timeout)
+        system.pass_by(timeout)
+        system.now += 7200 if len(waited) == 1 else 0
+
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    monkeypatch.setattr(checkpoint.futures, "wait", wait)
+    written = checkpoint.write_manifest
+    monkeypatch.setattr(checkpoint, "write_manifest", lambda *given: answers.wait(60) and written(*given))
+    checkpoints.save(1, {"w": jax.numpy.ones(2)}, {}, {})
+    try:
+        for _ in range(2):  # the error of `save`, and of the end of the block that it leaves
+            with pytest.raises(SaveStuck, match="step 1 could not be written: it has not ended after 600 s"):
+                checkpoints.close()
+        assert sum(waited) == 600 - TICK_SECONDS, "time asleep is one tick"
+    finally:
+        answers.set()
+        monkeypatch.undo()
+    while checkpoints._saving and not checkpoints._saving[1].done():
+        time.sleep(0.01)
+    checkpoints.close()
+    assert checkpoints.steps() == [1]
+
+
 def test_patience_ends_by_itself_and_with_the_block():
     said = []
     with unless_done_within(0.01, lambda: said.append("late")):
@@ -94,6 +135,28 @@ def test_patience_ends_by_itself_and_with_the_block():
         pass
     time.sleep(0.1)
     assert said == ["late"]
+
+
+def test_a_block_that_ends_at_the_last_moment_was_in_time(monkeypatch):
+    """It ends between the last wait and the look at the clock that finds it late."""
+    looks, at_the_last_look, left, said = [], threading.Event(), threading.Event(), []
+
+    def look():
+        looks.append(None)
+        if len(looks) == 3:
+            at_the_last_look.set()
+            left.wait(20)
+        return len(looks)
+
+    monkeypatch.setattr(clock, "now", look)
+    monkeypatch.setattr(clock, "TICK_SECONDS", 0.01)
+    before = set(threading.enumerate())
+    with unless_done_within(1.5, lambda: said.append("late")):
+        (thread,) = set(threading.enumerate()) - before
+        assert at_the_last_look.wait(20)
+    left.set()
+    thread.join(20)
+    assert len(looks) == 3 and not thread.is_alive() and not said
 
 
 SUSPENDED = """

@@ -317,6 +317,34 @@ def test_the_second_signal_ends_a_launched_run_at_once(tmp_path, number):
     assert len(workers) == 2 and all(is_gone(pid) for pid in workers)
 
 
+def test_nobody_is_left_behind_when_a_suspended_launcher_is_killed(tmp_path):
+    """A signal to end, which the workers then get, waits for as long as they are suspended."""
+    program = tmp_path / "program"
+    program.write_text(
+        f"#!{sys.executable}\nimport ctypes, os, pathlib, signal, time\n"
+        f"saved = pathlib.Path({str(tmp_path)!r}, 'saved.' + os.environ['MOEJAX_PROCESS_ID'])\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (saved.touch(), os._exit(143)))\n"
+        "ctypes.CDLL(None).prctl(1, signal.SIGTERM)\n"
+        "print('ready', flush=True)\nsaved.with_suffix(saved.suffix + '.ready').touch()\n"
+        "while True:\n    time.sleep(0.1)\n"
+    )
+    program.chmod(0o700)
+    process = start("-c", LAUNCHED, program, tmp_path / "run", command=[sys.executable])
+    wait_until(lambda: len(list(tmp_path.glob("*.ready"))) == 2)
+    workers = children(process)
+    process.send_signal(signal.SIGTSTP)
+    wait_until(lambda: all(has_state(pid, "T") for pid in (process.pid, *workers)))
+    process.kill()
+    try:
+        wait_until(lambda: all(is_gone(pid) for pid in workers), seconds=20)
+    finally:
+        for pid in workers:
+            if not is_gone(pid):
+                os.kill(pid, signal.SIGKILL)
+    assert len(workers) == 2 and {path.name for path in tmp_path.glob("saved.?")} == {"saved.0", "saved.1"}
+    process.communicate()
+
+
 def test_a_signal_is_passed_on_although_nobody_reads_the_launcher_any_more(tmp_path):
     """After Ctrl-C in `moejax launch ... 2>&1 | tee log` the other end of the pipe is gone too."""
     program = tmp_path / "program"

@@ -56,17 +56,29 @@ def test_a_checkpoint_fits_and_nothing_is_left_of_the_trial(tmp_path):
     assert [path.name for path in workdir.path.rglob("*")] == ["checkpoints", "3"]
 
 
-def test_no_room(tmp_path, monkeypatch):
+def test_no_room(tmp_path, monkeypatch, caplog):
     workdir = made(tmp_path / "a" / "b")
     monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(free=2_000_000))
     workdir.require_room(2_000_000, 12)
-    assert refused(workdir, 2_500_000) == (
-        "has no room for a checkpoint of 2.5 MB on its disk, free are only 2.0 MB"
-    )
+    assert caplog.messages == []
+    workdir.require_room(8_000_000, 12)  # it may fit: a checkpoint is compressed
+    rule = "room for a checkpoint of 8.0 MB on its disk, free are only 2.0 MB"
+    assert caplog.messages == [f"workdir = {workdir.path}: has hardly {rule}"]
+    assert refused(workdir, 8_100_000) == f"has no {rule.replace('8.0', '8.1')}"
     assert list(tmp_path.iterdir()) == [], "what was made for it is gone"
     workdir = made(tmp_path / "c")
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 1024))
     assert "(ulimit -f), which is 0.0 MB" in refused(workdir, 1_000_000)
+
+
+def test_room_is_looked_for_where_the_checkpoints_lie(tmp_path, monkeypatch):
+    workdir, large = made(tmp_path / "a"), tmp_path / "large"
+    large.mkdir()
+    (workdir.path / "checkpoints").symlink_to(large)
+    free = lambda path: 10**9 if pathlib.Path(path).resolve() == large else 10  # noqa: E731
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(free=free(path)))
+    workdir.require_room(10**9, 12)
+    assert list(large.iterdir()) == []
 
 
 def test_a_file_in_the_way(tmp_path):
