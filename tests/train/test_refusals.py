@@ -120,6 +120,8 @@ def test_paths_that_are_no_files(words, tmp_path, monkeypatch, capsys):
         assert cli.main([*given, *data, *small]) == 2, path
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ") and len(line) < 1000
+        if path == "~nosuchuser/a" and "--workdir" in words:
+            assert "no home is known for it" in line
 
 
 @pytest.mark.parametrize(
