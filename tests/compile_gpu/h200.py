@@ -72,6 +72,8 @@ def devices(count: int, nodes: int = 1) -> list[jax.Device]:
 
     # The plugin would refuse to load beside libraries that it only needs for running.
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+    # XLA collects stack traces as it compiles, and to look their symbols up takes minutes.
+    os.environ["LLVM_DISABLE_SYMBOLIZATION"] = "1"
     return topologies.get_topology_desc(
         platform="cuda", topology_name="h200", target_config=TARGET, topology=f"1x{nodes}x{count // nodes}"
     ).devices
@@ -112,13 +114,16 @@ class Program:
 
     @property
     def custom_calls(self) -> collections.Counter[str]:
-        """How often each kernel of ours or jax's is called: Triton's by their own names, others by target."""
+        """How often each kernel of ours or jax's is called: Triton's by their own names, others by target.
+
+        XLA's own dense products, which may be calls of cuBLAS too, are in `dot_flops`.
+        """
         names: list[str] = []
         for line in self.compiled.splitlines():
             target = re.search(r'custom_call_target="([^"]+)"', line)
             if target and target[1] == "__gpu$xla.gpu.triton":
                 names.append(re.findall(r' name = "(\w+)"', line)[0])
-            elif target:
+            elif target and not target[1].startswith("__cublas"):
                 names.append(target[1])
         return collections.Counter(names)
 
