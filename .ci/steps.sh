@@ -97,6 +97,11 @@ types() {
   .venv/bin/mypy
 }
 
+# Whole runs, several processes, layouts: too long for the README's command, too important to run one time in five.
+landing_tests() {
+  .venv/bin/python -m pytest -n 2 --dist worksteal -m 'landing and not slow'
+}
+
 # slow_tests [--fifth N] [PATH...]: the tests marked slow, or every fifth one of them.
 slow_tests() {
   .venv/bin/python -m pytest -n 2 --dist worksteal -m 'slow and not gpu and not compile_gpu' "$@"
@@ -115,7 +120,7 @@ quick_tests_with() {
   make_environment "python$version" "$python" "$(wheel)[test]" "$@"
   copy_tests "elsewhere$version"
   "$work/python$version/bin/python" -m pytest -n 2 --dist worksteal \
-    -m 'not slow and not gpu and not compile_gpu and not repo'
+    -m 'not slow and not repo and not gpu and not compile_gpu'
   cd "$work/tree"
 }
 

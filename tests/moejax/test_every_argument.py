@@ -116,6 +116,7 @@ def dense(layer, options, x, call):
     return oracle.layer(layer, routing, x_TD, ids_TK).reshape(x.shape), aux, routing
 
 
+@pytest.mark.landing
 @pytest.mark.parametrize("case", CASES)
 def test_layer_equals_the_oracle(case):
     axes, options, call, tol = CASES[case]

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 import moejax
@@ -97,6 +98,7 @@ def dense_transformer(model, tokens_BS, segments_BS, positions_BS, key, batch_lo
     return norm(x, model.final_norm) @ model.unembedding[...].T, aux
 
 
+@pytest.mark.landing
 def test_transformer_equals_one_that_is_written_out():
     model = moejax.Transformer(**TRANSFORMER, rngs=nnx.Rngs(1))
     call = {name: value for name, value in CALL.items() if name != "observe"}

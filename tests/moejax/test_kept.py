@@ -30,6 +30,7 @@ def compiled(layout, **options) -> str:
         return step.lower(params, x_TD).compile().as_text()
 
 
+@pytest.mark.landing
 @pytest.mark.parametrize(("layout", "levels"), [((1, 1, 4), 1), ((1, 2, 2), 2)], ids=str)
 def test_rows_are_sent_again_once_per_level(layout, levels):
     """Of each level: rows forth and back, their gradients, choices forth and weights' gradients back, the mask."""
@@ -40,6 +41,7 @@ def test_rows_are_sent_again_once_per_level(layout, levels):
     assert exchanges == {"keep": 7 * levels, "resend": 8 * levels}
 
 
+@pytest.mark.landing
 @pytest.mark.parametrize("layout", [(2, 1, 4), (1, 2, 2)], ids=str)
 @pytest.mark.parametrize(
     "options",

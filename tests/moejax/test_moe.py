@@ -129,6 +129,7 @@ def test_float64_is_exact_to_f64():
             tolerance.assert_close(a, b, tolerance.F64)
 
 
+@pytest.mark.landing
 @pytest.mark.parametrize("layout", [None, (1, 4), (2, 2)], ids=str)
 def test_bf16_is_as_good_as_xla_on_the_dense_oracle(layout):
     """y and every gradient: at most twice as far from f64 as XLA's own bf16, on the same rounded numbers."""
@@ -285,6 +286,7 @@ def test_experts_that_the_mesh_does_not_divide_are_refused():
         make_layer(1, num_experts=12)(draw()[0])
 
 
+@pytest.mark.landing
 @pytest.mark.parametrize(
     ("layout", "options"),
     [
@@ -315,6 +317,7 @@ def test_an_ensemble_of_layers_by_vmap(layout, options):
         jax.tree.map(lambda a, b, n=number: tolerance.assert_close(a[n], b, tolerance.F32), grads, alone)
 
 
+@pytest.mark.landing
 def test_shadows_follow_the_running_load_and_stay_exact():
     # By this batch other experts would be copied; those of the estimate stay at home, whatever the batch says.
     mesh = make_mesh(1, 1, 4)

@@ -37,6 +37,7 @@ def test_layer(devices, shape):
     assert all((gradient == 0).all() for gradient in jax.tree.leaves(grads))
 
 
+@pytest.mark.landing
 @pytest.mark.parametrize("devices", [1, 2])
 def test_transformer(devices):
     sizes = dict(vocab_size=16, num_layers=2, d_model=D, num_heads=2, d_hidden=F)

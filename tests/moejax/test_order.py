@@ -64,6 +64,7 @@ def weighted_sum(depth, mesh, *, scanned=False, **options):
         return step.lower(*arguments).compile(), arguments
 
 
+@pytest.mark.landing
 @pytest.mark.parametrize(
     "case",
     [
@@ -80,6 +81,7 @@ def test_no_collective_is_independent_of_a_loop(case):
     assert not side_by_side(program.as_text())
 
 
+@pytest.mark.landing
 @pytest.mark.parametrize("options", [{}, {"shadow": 2}], ids=str)
 def test_nor_under_a_shard_map_of_the_caller(options):
     layer = Layer(make_mesh(1, 1, 4), E, **options)

@@ -42,6 +42,7 @@ class Counted(nnx.Module):
         return unpermute(y_ND, plan, weights_TK)
 
 
+@pytest.mark.landing
 @pytest.mark.parametrize("shadow", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_experts_of_ones_own_with_integers_and_keys_go_through_the_loop_of_rounds(shadow):
     x, dy = draw(skew=6.0)
@@ -78,6 +79,7 @@ def different_experts():
     return [moejax.FeedForward(D, 8 + 4 * n, rngs=rngs) for n in range(E - 2)] + [Half(), Direction()]
 
 
+@pytest.mark.landing
 @pytest.mark.parametrize("data", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_a_list_of_different_experts(data):
     x, dy = draw()

@@ -59,6 +59,7 @@ def assert_same(actual, expected, tol):
         tolerance.assert_close(a, b, tol, jax.tree_util.keystr(path))
 
 
+@pytest.mark.landing
 @pytest.mark.parametrize("layout", [pytest.param((2, 1), marks=pytest.mark.slow), (2, 4)], ids=str)
 def test_layouts_agree(layout):
     data, expert = layout
@@ -66,6 +67,7 @@ def test_layouts_agree(layout):
     assert_same(loss_and_grads(make(), draw(), mesh), loss_and_grads(make(), draw()), tolerance.F32_MODEL)
 
 
+@pytest.mark.landing
 # "full": against a transformer that is written out, in `test_every_argument_of_transformer.py`.
 @pytest.mark.parametrize("remat", sorted(set(REMAT_POLICIES) - {"none", "full"}))
 def test_remat_changes_nothing(remat):

@@ -18,6 +18,7 @@ from train.model import ModelSpec
 from train.reporter import QUEUED
 
 
+@pytest.mark.landing
 def test_evaluation_counts_every_token_of_the_split_once(run, capsys):
     assert run("--steps", 2) == 0
     loss, tokens = evaluate_run(str(run.workdir))
@@ -49,6 +50,7 @@ def test_evaluation_holds_few_batches_at_once(monkeypatch):
     assert found.tokens(2) == 4 and found.loss(2) == 1 / 4
 
 
+@pytest.mark.landing
 def test_the_best_evaluation_makes_a_checkpoint_of_its_own(run, monkeypatch):
     losses = iter([3.0, 2.0, 2.5, 2.6, 2.7, 1.0])
 

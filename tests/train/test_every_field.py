@@ -173,6 +173,7 @@ def test_no_field_is_left_out():
     assert set().union(PATHS, *map(away_from_default, configs)) == set(flatten(TrainConfig()))
 
 
+@pytest.mark.landing
 def test_a_whole_run_does_what_its_fields_say(whole_run):
     config = flatten(load_config(whole_run / "config.yaml"))
     assert {name: config[name] for name in WHOLE_RUN} == WHOLE_RUN

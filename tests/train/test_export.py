@@ -35,6 +35,7 @@ def export(run_dir, *options):
     return cli.main(["export", str(run_dir), *map(str, options)])
 
 
+@pytest.mark.landing
 @pytest.mark.parametrize("layer", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_an_expert(run_dir, tmp_path, layer, capsys):
     assert export(run_dir, "--layer", layer, "--expert", 5, "--output", tmp_path / "e.safetensors") == 0

@@ -17,6 +17,8 @@ from train.model import ModelSpec
 from train.step import make_eval_step
 from train.validation import validate
 
+pytestmark = pytest.mark.landing
+
 
 def run_with(router, layer_routers=None, layer_experts=None, num_layers=2, accumulation=1, **routing):
     run = small.config(

@@ -49,6 +49,7 @@ def test_a_run_writes_what_it_promises(run, capsys):
     assert cli.main([*arguments, "--seed", "1"]) == 0 and capsys.readouterr().out != first.out
 
 
+@pytest.mark.landing
 def test_a_finished_run_is_left_alone_and_more_steps_extend_it(run):
     assert run("--steps", 4) == 0
     before = small.read_metrics(run.workdir)
@@ -86,6 +87,7 @@ def test_nothing_is_compiled_after_the_first_step_and_nothing_fetched_between_lo
     assert len(fetched) > marks[10][1] > 0, "the spy does see the reports"
 
 
+@pytest.mark.landing
 def test_the_device_has_few_steps_before_it(run, monkeypatch):
     begun, awaited, add, wait = [], [], Reporter.add, jax.block_until_ready
 
@@ -117,6 +119,7 @@ def test_nan_ends_the_run_and_names_step_and_layer(run, capsys):
     assert sorted(path.name for path in (run.workdir / "checkpoints").iterdir()) == good
 
 
+@pytest.mark.landing
 def test_nan_rolls_back_to_the_checkpoint_and_leaves_bad_batches_out(run, monkeypatch):
     taken, raised, refuse = [], [], Reporter._refuse_nan
 
@@ -156,6 +159,7 @@ def test_nan_rolls_back_ten_times_at_most(run, capsys, monkeypatch):
     assert "back to step 0" in (run.workdir / "log.txt").read_text()
 
 
+@pytest.mark.landing
 def test_the_clock_makes_checkpoints_too(run):
     minutes = 1e-6
     assert (
@@ -166,6 +170,7 @@ def test_the_clock_makes_checkpoints_too(run):
     assert "checkpoint of step 3: written in" not in (run.workdir / "log.txt").read_text()
 
 
+@pytest.mark.landing
 def test_nan_ends_a_run_that_logs_rarely_within_few_steps(run, capsys, monkeypatch):
     monkeypatch.setattr(reporter, "MAX_AHEAD", 3)
     taken, add = [], Reporter.add
@@ -181,6 +186,7 @@ def test_nan_ends_a_run_that_logs_rarely_within_few_steps(run, capsys, monkeypat
     assert named <= taken[-1] <= named + 3
 
 
+@pytest.mark.landing
 def test_a_full_disk_ends_the_run_with_the_last_checkpoint_intact(run, capsys, monkeypatch):
     assert run("--steps", 5) == 0
 
@@ -196,6 +202,7 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint_intact(run, capsys, m
     assert steps_of(small.read_metrics(run.workdir)) == list(range(1, 13))
 
 
+@pytest.mark.landing
 @pytest.mark.parametrize(
     "error",
     [
@@ -221,6 +228,7 @@ def test_a_failing_machine_ends_the_run_with_3_and_a_line_in_the_log(run, capsys
     assert [path.name for path in (run.workdir / "checkpoints").iterdir()] == ["5"]
 
 
+@pytest.mark.landing
 def test_paths_are_found_again_from_another_folder_and_when_all_has_moved(run, capsys, tmp_path, monkeypatch):
     project, run.workdir = tmp_path / "project", tmp_path / "project" / "run"
     (tmp_path / "elsewhere").mkdir()
@@ -280,6 +288,7 @@ def test_a_damaged_newest_checkpoint_is_skipped(run, capsys):
     assert small.read_metrics(run.workdir) == whole, "steps 11 and 12 done again, to the same bits"
 
 
+@pytest.mark.landing
 def test_kill_and_sigterm_cost_nothing(run, tmp_path):
     options = ("--cpu-devices", 2, "--steps", 40, "--checkpoint.every", 5)
     launching.run("train", run.config, "--workdir", tmp_path / "whole", *options)
@@ -350,6 +359,7 @@ def test_a_run_that_begins_anew_in_a_used_workdir_says_so(run):
     assert steps_of(small.read_metrics(run.workdir)) == [1]
 
 
+@pytest.mark.landing
 def test_without_a_period_only_the_last_step_is_kept(run):
     assert run("--steps", 3, "--checkpoint.every", 0) == 0
     assert [path.name for path in (run.workdir / "checkpoints").iterdir()] == ["3"]

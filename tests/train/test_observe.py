@@ -13,6 +13,8 @@ from train.evaluate import OBSERVED, evaluate
 from train.observe import NEVER, ExpertView, best_pairs, changed_share, coactivation
 from train.step import make_eval_step
 
+pytestmark = pytest.mark.landing
+
 
 def naive_sums(model, batch):
     """Loads, pairs and first choices by a loop over what the routers decide, token by token."""

@@ -41,6 +41,7 @@ def random_like(tree, seed):
     return jax.tree.map(lambda p: jax.random.normal(next(keys), p.shape), tree)
 
 
+@pytest.mark.landing
 def test_muon_orthogonalises_every_expert_matrix_by_itself():
     run = small.config(
         optimizer=OptimizerConfig(name="muon", weight_decay=0.0, clip_norm=1e9, warmup_steps=0)
@@ -84,6 +85,7 @@ def test_muon_leaves_embeddings_routers_and_norms_to_adam():
     assert not any("experts" in path or "w_q" in path for path in second_moments)
 
 
+@pytest.mark.landing
 def test_norms_do_not_decay_and_matrices_do():
     run = small.config(optimizer=OptimizerConfig(weight_decay=0.5, learning_rate=0.1, warmup_steps=0))
     trainer = small.Steps(run)

@@ -21,6 +21,8 @@ from train.lock import lock_run
 from train.place import Place, find_place, gpu_of, open_mpi_place, slurm_place
 from train.reporter import QUEUED
 
+pytestmark = pytest.mark.landing
+
 
 @pytest.mark.parametrize(
     ("options", "environment", "place"),

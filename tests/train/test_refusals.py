@@ -11,6 +11,7 @@ from train import cli
 from train.config_io import find_config, save_config
 
 
+@pytest.mark.landing
 def test_another_tokenizer_under_the_same_name_is_refused(run, capsys, tmp_path):
     path = tmp_path / "mine.json"
     characters = sorted(set(run.text.read_text()))
@@ -40,6 +41,7 @@ def test_another_run_in_the_same_workdir_is_refused(run, capsys, option, value, 
     assert not (run.workdir / "metrics.jsonl").exists()
 
 
+@pytest.mark.landing
 def test_a_refused_resume_leaves_the_run_as_it_was(run, capsys):
     assert run("--steps", 6) == 0
     files = {

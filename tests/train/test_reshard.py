@@ -16,6 +16,8 @@ from train.feed import device_batch
 from train.leaves import named_leaves
 from train.program import make_program
 
+pytestmark = pytest.mark.landing
+
 LAYOUTS = {
     "one device": dict(),
     "data 2": dict(data=2),

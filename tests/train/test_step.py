@@ -26,6 +26,8 @@ from train.program import compiler_options
 from train.reporter import Reporter
 from train.step import make_loss
 
+pytestmark = pytest.mark.landing
+
 
 def losses(run, data, expert, steps, **axes):
     trainer = small.Steps(run, data, expert, **axes)
