@@ -13,6 +13,7 @@ from moejax.losses import BatchLoad as BatchLoad
 from moejax.mesh import make_mesh as make_mesh
 from moejax.moe import MoE as MoE
 from moejax.moe import MoEStats as MoEStats
+from moejax.partitioner import avoid_shardy_where_it_dies
 from moejax.routing import ROUTERS as ROUTERS
 from moejax.routing import Router as Router
 from moejax.routing import RouterState as RouterState
@@ -22,3 +23,5 @@ from moejax.routing import make_router as make_router
 from moejax.statistics import Choices as Choices
 from moejax.statistics import RouterStats as RouterStats
 from moejax.transformer import Transformer as Transformer
+
+avoid_shardy_where_it_dies()

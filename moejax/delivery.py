@@ -29,8 +29,6 @@ from moejax.wire import WIRES, row_bytes
 # What becomes of choices that find no room: "rounds" carries them out in further rounds; "drop" limits every expert
 # to its capacity, as GShard and Switch do, and counts what is beyond it or beyond a bucket.
 OVERFLOWS = ("rounds", "drop")
-# XLA's partitioner in jax 0.11 ends the process over empty arrays inside shard_map: tests/moejax/test_no_tokens.py.
-_EMPTY_ARRAYS_DIE = jax.__version_info__[:2] == (0, 11)
 # Largest load of an expert under "drop", in units of the mean load (Switch Transformer, section 3.1).
 DROP_CAPACITY_FACTOR = 1.25
 
@@ -145,13 +143,8 @@ def deliver(
     require(same, "weights_TK", weights_TK, f"must have the shape of ids_TK, {list(ids_TK.shape)}")
     _check_axes(axes, token_axes)
     own_tokens = x_TD.shape[0]
-    if not own_tokens and varying_axes(
-        x_TD
-    ):  # collectives do not take empty arrays, so a token that goes nowhere does
-        rule = (
-            "has no tokens, of which jax 0.11 dies inside jax.shard_map; give each device a token with ids -1"
-        )
-        require(not _EMPTY_ARRAYS_DIE, "x_TD", x_TD, rule)
+    if not own_tokens and varying_axes(x_TD):
+        # Collectives do not take empty arrays, so one token goes nowhere.
         absent = ((x_TD, 0), (ids_TK, -1), (weights_TK, 0))
         x_TD, ids_TK, weights_TK = (
             vary_like(jnp.full((1, array.shape[1]), fill, array.dtype), array) for array, fill in absent

@@ -278,7 +278,7 @@ def over_tokens(
     mapped = jax.shard_map(local, in_specs=in_specs, out_specs=out_specs(P(axes)))
     if all(array is None or array.shape[0] for array in arrays):
         return mapped(params, replicated, *arrays)
-    # XLA's partitioner (Shardy, in jax 0.11.2) dies on a manual computation that has an empty constant among others.
+    # XLA's partitioners do not take every manual computation with empty arrays, see `moejax.partitioner`.
     results = mapped(
         params, replicated, *jax.tree.map(partial(_absent, math.prod(mesh.shape[a] for a in axes)), arrays)
     )

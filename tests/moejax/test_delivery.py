@@ -194,12 +194,6 @@ def test_hardly_any_tokens(tokens_per_device, options):
     layer = Layer(make_mesh(1, 1, 2), num_experts, **options)
     x, weights, w, dy = draw(num_tokens, top_k, num_experts)
     ids = np.full((num_tokens, top_k), num_experts - 1, np.int32)
-    if not num_tokens and jax.__version_info__[:2] == (0, 11):  # whose compiler would end the process
-        with pytest.raises(
-            ValueError, match=r"x_TD = float32\[0, 8\]: has no tokens, .* a token with ids -1"
-        ):
-            layer(ids, x, weights, w, dy)
-        return
     actual, account = layer(ids, x, weights, w, dy)
     assert account.served_TK.shape == ids.shape and account.rounds.tolist() == [1, 1]
     for what, a, b in zip(NAMES, actual, oracle(num_experts)(x, weights, w, ids, dy), strict=True):

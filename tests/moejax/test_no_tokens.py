@@ -4,6 +4,8 @@ The smallest program in which XLA's partitioner (Shardy's ManualComputationUnuse
 
     jax.jit(lambda y: jax.shard_map(lambda a, y: a.sum() + y, mesh=mesh, in_specs=P("e"), out_specs=P("e"))(
         jnp.zeros((0, 4)), y))(jnp.ones((2, 4)))
+
+It is why jax 0.11 gets the partitioner before Shardy (`moejax.partitioner`).
 """
 
 import jax
@@ -12,8 +14,29 @@ import pytest
 from flax import nnx
 
 import moejax
+from moejax import partitioner
 
 D, F, E = 8, 6, 4
+
+
+def test_jax_011_partitions_without_shardy(monkeypatch):
+    shardy = jax.config.jax_use_shardy_partitioner
+    chosen = {}
+    monkeypatch.delenv(partitioner.VARIABLE, raising=False)
+    monkeypatch.setattr(jax.config, "update", chosen.__setitem__)
+    for version, expected in (
+        ((0, 10, 2), {}),
+        ((0, 11, 2), {partitioner.VARIABLE.lower(): False}),
+        ((0, 12, 0), {}),
+    ):
+        chosen.clear()
+        monkeypatch.setattr(jax, "__version_info__", version)
+        partitioner.avoid_shardy_where_it_dies()
+        assert chosen == expected
+    monkeypatch.setenv(partitioner.VARIABLE, "1")
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+    partitioner.avoid_shardy_where_it_dies()
+    assert not chosen and jax.config.jax_use_shardy_partitioner == shardy
 
 
 @pytest.mark.parametrize("devices", [1, 2])
