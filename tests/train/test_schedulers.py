@@ -19,7 +19,7 @@ def have(*programs):
     missing = [name for name in programs if shutil.which(name) is None]
     return pytest.mark.skipif(
         bool(missing) or os.geteuid() != 0,
-        reason=f"needs root and {', '.join(missing) or 'nothing else'}; .ci/run installs them",
+        reason=f"needs root and {', '.join(missing) or 'nothing else'}; .ci/all installs them",
     )
 
 
