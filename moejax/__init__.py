@@ -4,6 +4,7 @@
 """
 
 from moejax import functional as functional
+from moejax import partitioner
 from moejax.attention import Attention as Attention
 from moejax.attention import KVCache as KVCache
 from moejax.experts import Experts as Experts
@@ -13,7 +14,6 @@ from moejax.losses import BatchLoad as BatchLoad
 from moejax.mesh import make_mesh as make_mesh
 from moejax.moe import MoE as MoE
 from moejax.moe import MoEStats as MoEStats
-from moejax.partitioner import avoid_shardy_where_it_dies
 from moejax.routing import ROUTERS as ROUTERS
 from moejax.routing import Router as Router
 from moejax.routing import RouterState as RouterState
@@ -24,4 +24,4 @@ from moejax.statistics import Choices as Choices
 from moejax.statistics import RouterStats as RouterStats
 from moejax.transformer import Transformer as Transformer
 
-avoid_shardy_where_it_dies()
+partitioner.avoid_shardy_where_it_dies()
