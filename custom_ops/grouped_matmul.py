@@ -7,7 +7,7 @@ Three products belong together, each one's gradients are the other two:
   grouped_matmul       out_NF  = rows_ND @ w_EDF[group of row]
   grouped_matmul_dlhs  rows_ND = dout_NF @ w_EDF[group of row] transposed
   grouped_matmul_drhs  w_EDF   = per group, rows_ND transposed @ dout_NF
-All sum in at least f32; the tail gives 0 and is never summed, whatever stands in it.
+All sum in at least f32; the tail gives 0 and is never summed, whatever is in it.
 
 tokamax is not among the implementations, though benchmarks/grouped_matmul.py measures it where it is installed. Its
 release for Python 3.11 (0.0.12) wants typeguard 2.13, which the command line's tyro excludes, and reads the program's

@@ -22,7 +22,7 @@ _checked = checked(RULES | {"plan": instance_of(DispatchPlan, "a DispatchPlan, a
 def permute(x_TD: jax.Array, plan: DispatchPlan, weights_TK: jax.Array | None = None) -> jax.Array:
     """rows_ND: row n is the row of its token, times the weight of its choice if weights are given.
 
-    Empty rows are exactly 0, whatever stands in x. The product is formed in at least f32; the result has the
+    Empty rows are exactly 0, whatever is in x. The product is formed in at least f32; the result has the
     dtype of x, which may be an integer type when there are no weights. Both tables of the plan must be those of
     `make_plan`: of rows that one names and the other does not know, nothing is promised.
 
@@ -46,7 +46,7 @@ def permute(x_TD: jax.Array, plan: DispatchPlan, weights_TK: jax.Array | None = 
 def unpermute(rows_ND: jax.Array, plan: DispatchPlan, weights_TK: jax.Array | None = None) -> jax.Array:
     """y_TD: the sum of each token's rows, each times the weight of its choice if weights are given.
 
-    Empty rows are never read, so whatever stands in them reaches neither the result nor a gradient. Sums are
+    Empty rows are never read, so what is in them reaches neither the result nor a gradient. Sums are
     formed in at least f32; the result has the dtype of the rows.
 
     Raises:

@@ -272,7 +272,7 @@ def _order_by_counting(dest_M: jax.Array, P: int) -> tuple[jax.Array, jax.Array,
 
     seen_CP, rank_SC = lax.scan(step, vary_like(jnp.zeros((lanes, P), jnp.int32), dest_M), dest_CS.T)
     counts_P = jnp.sum(seen_CP, axis=0, dtype=jnp.int32)
-    # A lane's first row of destination p stands behind all smaller destinations and all earlier lanes.
+    # A lane's first row of destination p comes after all smaller destinations and all earlier lanes.
     starts_P = jnp.cumsum(counts_P, dtype=jnp.int32) - counts_P
     starts_CP = starts_P[None, :] + jnp.cumsum(seen_CP, axis=0, dtype=jnp.int32) - seen_CP
     starts_M = jnp.take_along_axis(starts_CP, jnp.minimum(dest_CS, P - 1), axis=1)

@@ -69,7 +69,7 @@ class Link:
 
 
 # Reached on H100 and H200 within a node: 155 of 160 GB/s of NVLink (published for DeepEP), copies at 4.3 TB/s. Between
-# nodes 400 Gbit/s per device, of which 45 GB/s arrive.
+# nodes 400 Gbit/s per device; 45 GB/s arrive.
 NVLINK = Link(155e9, 5e-6, 4.3e12)
 NETWORK = Link(45e9, 15e-6, 4.3e12)
 

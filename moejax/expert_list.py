@@ -60,7 +60,7 @@ class ExpertList(nnx.Module):
         for number, expert in enumerate(self.experts):
             chosen_TK = (expert_TK == number) & (plan.position_TK >= 0)
             weight_T = jnp.sum(jnp.where(chosen_TK, weights_TK, 0), axis=1)
-            # In place of tokens that did not choose it stand ones of mean 0 and variance 1, finite through any norm.
+            # Tokens that did not choose it are replaced by numbers of mean 0 and variance 1, finite through any norm.
             is_own_T1 = jnp.any(chosen_TK, axis=1)[:, None]
             own_TD = jnp.where(is_own_T1, x_TD, filler_D[None, :])
             result_TD = expert(own_TD)

@@ -63,7 +63,7 @@ def balance_loss(routing: Routing, axes: Sequence[str] = (), *, batch: BatchLoad
     up to E when one expert takes all. Finite, and zero, when no token is valid.
 
     Args:
-      batch: f of a larger batch of which this is a part. The loss is linear in P, so the parts' gradients add up to
+      batch: f of the larger batch that this is a part of. The loss is linear in P, so the parts' gradients add up to
         that of the whole batch. None: this is the batch.
     """
     score_E = _global_sum(jnp.sum(jnp.where(routing.valid_T[:, None], routing.scores_TE, 0), axis=0), axes)
@@ -141,7 +141,7 @@ def orthogonality_loss(w_DE: jax.Array) -> jax.Array:
 def cross_entropy(x_TD: jax.Array, w_VD: jax.Array, targets_T: jax.Array, chunk: int) -> jax.Array:
     """Sum over tokens of -log softmax(x @ w.T)[target], in nats; targets below 0 count nothing.
 
-    The logits of only `chunk` tokens stand in memory at once: in training, each chunk's gradient is taken while its
+    The logits of only `chunk` tokens are in memory at once: in training, each chunk's gradient is taken while its
     logits are there, which also saves computing them a second time.
     """
 

@@ -189,7 +189,7 @@ def token_sharding(mesh: Mesh) -> NamedSharding:
 def make_varying(tree: Any, axes: Sequence[str]) -> Any:
     """Mark every array as differing between devices along `axes`, inside `shard_map`.
 
-    The gradient's sum over devices then stands exactly here, and nowhere inside what follows.
+    The gradient is then summed over devices exactly here, and nowhere inside what follows.
     """
 
     def cast(x: jax.Array) -> jax.Array:

@@ -97,7 +97,7 @@ class MoEStats:
     choices: Choices | None = None
 
     def widened(self, num_experts: int) -> MoEStats:
-        """As of a layer with so many experts, of which those beyond its own have no load."""
+        """As of a layer with so many experts; those beyond its own have no load."""
         add = num_experts - self.load_E.shape[0]
         if add == 0:
             return self
@@ -289,7 +289,7 @@ class MoE(nnx.Module):
                 out_specs=lambda tokens: (tokens, P(), P(), tokens),
             )
 
-        # The policy stands around `shard_map`: what is kept of the parameters is then what the caller holds anyway.
+        # The policy goes around `shard_map`: what is kept of the parameters is then what the caller holds anyway.
         tokens = (x.reshape(-1, x.shape[-1]), flat(token_mask), flat(token_ids))
         replicated = (key, batch_load, None if self.demand_E is None else self.demand_E[...])
         y_TD, stats, together_EE, first_T = keeping(run, self._kept())(params, replicated, *tokens)

@@ -129,7 +129,7 @@ class Transformer(nnx.Module):
       d_hidden: F of the dense layers.
       moe_layers: numbers of the layers that are MoE.
       moe: arguments of `MoE` beyond `d_model`: `d_hidden`, `num_experts`, `top_k`, `router`, ...
-      moe_of_layer: for single MoE layers by number, what stands instead of `moe`, such as another number of experts.
+      moe_of_layer: for single MoE layers by number, what replaces entries of `moe`, such as another number of experts.
       remat: name in `REMAT_POLICIES`.
       dtype: of all products and activations; parameters are f32.
 
@@ -358,7 +358,7 @@ class Transformer(nnx.Module):
         """Summed cross-entropy in nats over all devices; targets below 0 count nothing.
 
         Args:
-          chunk: tokens per device whose logits stand in memory at once.
+          chunk: tokens per device whose logits are in memory at once.
         """
 
         fits = targets_BS.shape == hidden_BSD.shape[:2]

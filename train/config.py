@@ -176,7 +176,7 @@ class ModelConfig:
     remat: Literal["none", "dots", "full"] = "none"
     """What backward computes again: nothing, all but matrix products, or all. Routing decisions are kept."""
     loss_chunk: int = 4096
-    """Tokens per device whose logits stand in memory at once."""
+    """Tokens per device whose logits are in memory at once."""
     moe: MoEConfig = field(default_factory=MoEConfig)
 
 

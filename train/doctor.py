@@ -93,7 +93,7 @@ def _native_ops(platform: str) -> tuple[str, str, bool]:
 
 
 def _grouped_matmul() -> Iterator[tuple[str, str, bool]]:
-    """The implementation that each precision gets here and why, tried on three groups of which one is empty."""
+    """The implementation that each precision gets here and why, tried on three groups, one of them empty."""
     import jax.numpy as jnp
     import numpy as np
 

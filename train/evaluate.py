@@ -60,8 +60,8 @@ class Evaluation:
     def standing(self, batches: int | None) -> dict[str, float]:
         """What a checkpoint is compared by: the evaluations of a run that are over the same first batches.
 
-        The last evaluation is over the whole split, but what it found on those batches compares with the others. Beside
-        it stands over how many tokens the evaluation was in all.
+        The last evaluation is over the whole split, but its loss on those batches compares with the others. The number
+        of tokens of the whole evaluation goes with it.
         """
         return {BEST: self.loss(batches), EXTENT: self.tokens(batches), EVALUATED: self.tokens()}
 

@@ -76,7 +76,7 @@ def override(config: T, texts: Mapping[str, str], prefix: str = "") -> T:
     Args:
       config: any dataclass of this kind.
       texts: dotted name → text, as on the command line; `None` or `null` unsets an optional field.
-      prefix: what stands before a field's name in errors, such as `--` for options that are no config fields.
+      prefix: put before a field's name in errors, such as `--` for options that are no config fields.
 
     Raises:
       ConfigError: an unknown field (names the nearest), or text that is not of the field's type.

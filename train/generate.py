@@ -73,7 +73,7 @@ def generate_run(
     def advance(params, cache, tokens_S, start, count, key):
         """Take in the first `count` tokens and draw the next; the others are padding.
 
-        What padding leaves in the cache stands at positions yet to come: not seen before it is overwritten.
+        Padding writes into the cache at positions yet to come, which are overwritten before they are seen.
         """
         place = jnp.arange(tokens_S.shape[0], dtype=jnp.int32)
         segments = (place < count).astype(jnp.int32)

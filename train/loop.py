@@ -245,7 +245,7 @@ def _knowing_its_batch(offset: int, stop: Stop) -> Iterator[None]:
 
 
 def _leave_out(batches: TrainingBatches, failure: NotFinite, step: int) -> None:
-    """Set the data, which stands after `step`, to behind the batch that gave NaN: all up to that one are left out."""
+    """Move the data from behind `step` to behind the batch that gave NaN: all batches up to that one are left out."""
     log.warning(
         "step %d gave NaN: back to step %d, and on with the batch after the bad one", failure.step, step
     )

@@ -15,7 +15,7 @@ from train.metrics import LAYERS, of_existing
 
 # Tokens whose first choices are kept from one evaluation to the next, with the run's state.
 WATCHED_TOKENS = 4096
-# What stands there before the first evaluation.
+# Its value before the first evaluation.
 NEVER = -2
 # Pairs of experts that are named for each layer.
 _PAIRS = 8
@@ -99,7 +99,7 @@ def coactivation(together_EE: np.ndarray, tokens: int) -> np.ndarray:
 
     Args:
       together_EE: tokens that chose both; on the diagonal, those that chose the one.
-      tokens: of which they are.
+      tokens: number of tokens counted.
     """
     count_E = np.diag(together_EE)
     apart_EE = count_E[:, None] * count_E[None, :] / max(tokens, 1)

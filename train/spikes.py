@@ -7,7 +7,7 @@ import statistics
 from collections import deque
 
 WINDOW = 100
-"""Steps of which the median is taken."""
+"""Steps over which the median is taken."""
 NEEDED = 20
 """Steps before which nothing is unusual."""
 

@@ -163,7 +163,7 @@ class LiveTerminal:
         )
 
     def evaluating(self, done: int, total: int) -> None:
-        """Say how far an evaluation is, where its loss will stand."""
+        """Say how far an evaluation is, in the place of its loss."""
         self._progress.update(self._task, evaluation=f"evaluating {done}/{total}", refresh=True)
 
     def evaluation(self, step: int, loss: float) -> None:
@@ -175,5 +175,5 @@ class LiveTerminal:
         self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Leave the bar as it stands and give the cursor back."""
+        """Leave the bar as it is and give the cursor back."""
         self._progress.stop()

@@ -38,7 +38,7 @@ AXIS: Rule = (
     lambda value: value == -1 or 1 <= value <= 2**20,
 )
 
-# Every number of the config stands here, so that none goes unchecked, but `model.moe.top_k`, which `_check_moe`
+# Every number of the config is here, so that none goes unchecked, but `model.moe.top_k`, which `_check_moe`
 # bounds by another field. An unset one (None), or a word in its place, always passes.
 RANGES: dict[str, Rule] = {
     "steps": COUNT,

@@ -3,6 +3,7 @@
 A field that is in none of the runs fails the test, so a new one needs a value here.
 """
 
+import functools
 import json
 
 import jax
@@ -10,12 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import moejax
 from tests.train import small
 from train import cli
 from train.config import TrainConfig
 from train.config_io import load_config
+from train.errors import ConfigError
 from train.fields import flatten, override
-from train.validation import validate
+from train.program import make_program
+from train.validation import resolve_mesh, validate
 
 SMALL = {
     "steps": 2,
@@ -141,6 +145,28 @@ SPLIT = SMALL | {
     "mesh.expert_node": 2,
 }
 
+# What no compiled program knows, since the host does it; `mesh.data` is by default what the other axes leave.
+ON_THE_HOST = {*PATHS, "mesh.data", "data.validation_fraction", "data.text_field", "data.tokenizer"} | {
+    f"{group}.{name}"
+    for group, names in {
+        "checkpoint": "every every_minutes wait keep_last keep_best",
+        "eval": "every max_batches",
+        "log": "every experts_every drop_limit spike_factor stall_factor stall_seconds tensorboard",
+    }.items()
+    for name in names.split()
+}
+VALUES = ROUTING | SPLIT | WHOLE_RUN
+VALUES |= {
+    "model.moe.layer_experts": "1:4",
+    "model.moe.layer_routers": "1:hash",
+}  # of layers that every run has
+# Runs in which a field may show, with their devices.
+RUNS = [(WHOLE_RUN, 8), (SPLIT, 4), (SMALL, 1)]
+RUNS += [
+    (SMALL | {"model.num_layers": 1, "model.moe.router": router}, 1) for router in ("topk", *LAYER_ROUTERS)
+]
+RUNS += [(RUNS[-1][0] | {"model.moe.router": "expert_choice"}, 1)]
+
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
@@ -186,6 +212,39 @@ def test_a_whole_run_does_what_its_fields_say(whole_run):
     assert any("moe/layer" in name or "expert" in name for name in steps[0])
     assert [path.name for path in (whole_run / "checkpoints").iterdir() if path.is_dir()] == ["2"]
     assert not (whole_run / "tensorboard").exists()
+
+
+@functools.cache
+def programs(items, num_devices):
+    """Everything that is compiled for a run, as text; None if the config is refused."""
+    try:
+        config = configured(dict(items), num_devices)
+    except ConfigError:
+        return None
+    axes = resolve_mesh(config.mesh, num_devices)
+    sizes = {name: getattr(axes, name) for name in ("data", "expert_node", "expert", "tensor")}
+    mesh = moejax.make_mesh(**sizes, devices=jax.devices()[:num_devices])
+    program = make_program(config, small.VOCAB, mesh)
+    batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, small.random_batch(config, 0)))
+    with jax.set_mesh(mesh):
+        state = program.abstract_state
+        lowered = program.init.lower(), program.train_step.lower(state, batch)
+        return [stage.as_text() for stage in (*lowered, program.eval_step.lower(state.params, batch))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(flatten(TrainConfig())) - ON_THE_HOST))
+def test_a_field_changes_what_is_compiled(name):
+    """In the first run that may have it, those first that do."""
+    for fields, num_devices in sorted(RUNS, key=lambda run: name not in run[0]):
+        others = {other: value for other, value in fields.items() if other != name}
+        texts = [
+            programs(tuple(sorted(f.items())), num_devices) for f in (others, others | {name: VALUES[name]})
+        ]
+        if None not in texts:
+            assert texts[0] != texts[1]
+            return
+    pytest.fail("no run may have it")
 
 
 def two_steps(fields, num_devices, **axes):

@@ -37,7 +37,7 @@ class Encoded:
     separators_added: bool
 
     def stream(self, chosen: np.ndarray | None = None) -> TokenStream:
-        """The chosen documents (numbers in order; unset: all); added separators stand only between two."""
+        """The chosen documents (numbers in order; unset: all); added separators are only between two."""
         chosen = np.arange(len(self.origins)) if chosen is None else chosen
         lengths = self.lengths[chosen]
         if self.separators_added and len(lengths):

@@ -68,7 +68,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @classmethod
     def from_file(cls, path: Path) -> HuggingFaceTokenizer:
-        """Reads a `tokenizer.json` and, where one stands beside it, the end-of-text token of its config."""
+        """Reads a `tokenizer.json` and, if its folder has a config, the end-of-text token named there."""
         end_token = None
         config = path.with_name(CONFIG_FILE)
         if config.is_file():

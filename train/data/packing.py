@@ -1,6 +1,6 @@
 """A stream of documents, cut into windows whose attention stays inside a document.
 
-The stream is the documents one after the other; where the source is text, one separator stands between two
+The stream is the documents one after the other; where the source is text, one separator is put between two
 of them and belongs to the end of the earlier one. A *prediction* is a place of the stream together with the
 next place: place i is the input, place i + 1 the target, so that a stream of L tokens has L - 1 predictions
 and every token but the very first is a target exactly once. That includes the first token of each later

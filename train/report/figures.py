@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from train.metrics import DROP_CAUSES, LAYERS
 from train.report.runs import Run
 
-# Inches of a picture that stands beside another; a wider one has a line of the page to itself.
+# Inches of a picture beside another; a wider one has a line of the page to itself.
 WIDTH = 6.2
 # What is shown is how much more it is than this.
 _LEAST = {"moe/rounds": 1}

@@ -167,9 +167,9 @@ def _experts(run: Run, album: Album) -> list[str]:
     if found is None:
         return [*body, f'<p class="note">No table of the experts\' tokens: {html.escape(reason)}</p>']
     note = (
-        f"From {found.tokens:,} tokens of the validation text, with the checkpoint of step {found.step}. A token "
-        "stands with the share of its places in the text at which it goes to the expert; only tokens of which the "
-        "expert has more than of all text. Share: of all choices."
+        f"From {found.tokens:,} tokens of the validation text, with the checkpoint of step {found.step}. The number "
+        "beside a token is the share of its places in the text at which it goes to the expert. Only tokens that are "
+        "more frequent here than in all text are shown. Share: of all choices."
     )
     return [*body, "<h3>Which tokens each expert prefers</h3>", f'<p class="note">{note}</p>', _tokens(found)]
 

@@ -119,7 +119,7 @@ def preferences(counts_VE: np.ndarray, places_V: np.ndarray, texts: list[str]) -
 
     Args:
       counts_VE: how often each token chose each expert.
-      places_V: at how many places each token stands.
+      places_V: at how many places each token occurs.
     """
     share_VE = counts_VE / np.maximum(places_V, 1)[:, None]
     overall_E = counts_VE.sum(axis=0) / max(places_V.sum(), 1)
