@@ -107,6 +107,14 @@ slow_tests() {
   .venv/bin/python -m pytest -n 2 --dist worksteal -m 'slow and not gpu and not compile_gpu' "$@"
 }
 
+# Against torch and transformers, which nothing else needs.
+parity_tests() {
+  make_environment parity python3 "$(wheel)[test]" torch==2.13.0 transformers==5.24.0
+  copy_tests elsewhere-parity
+  "$work/parity/bin/python" -m pytest -m parity tests/parity
+  cd "$work/tree"
+}
+
 # Damaged files for every reader: each is read, or refused in one line.
 fuzz() {
   .venv/bin/python -m tests.fuzz --inputs 10000
@@ -120,7 +128,7 @@ quick_tests_with() {
   make_environment "python$version" "$python" "$(wheel)[test]" "$@"
   copy_tests "elsewhere$version"
   "$work/python$version/bin/python" -m pytest -n 2 --dist worksteal \
-    -m 'not slow and not repo and not gpu and not compile_gpu'
+    -m 'not slow and not repo and not gpu and not compile_gpu and not parity'
   cd "$work/tree"
 }
 
@@ -174,7 +182,7 @@ use_wheel() {
   copy_tests elsewhere
   "$work/wheel/bin/moejax" doctor
   "$work/wheel/bin/moejax" train quickstart --steps 20 --eval.every 0 --workdir "$work/elsewhere/run"
-  "$work/wheel/bin/python" -m pytest -n 2 --dist worksteal -m 'not slow and not repo and not gpu and not compile_gpu' \
+  "$work/wheel/bin/python" -m pytest -n 2 --dist worksteal -m 'not slow and not repo and not gpu and not compile_gpu and not parity' \
     tests/test_plain_installation.py tests/custom_ops/test_native.py \
     tests/train/test_{cli,config_io,doctor,export,report}.py
   cd "$work/tree"

@@ -304,7 +304,7 @@ def small_bpe(pre_tokenizer, alphabet=(), **model):
 
 
 PRE = tokenizers.pre_tokenizers
-BYTES = PRE.ByteLevel.alphabet()
+BYTES = sorted(PRE.ByteLevel.alphabet())  # which lists them in another order in every process
 
 
 class TestNothingIsLost:
@@ -341,7 +341,7 @@ class TestNothingIsLost:
     def test_where_nothing_can_be_lost_nothing_is_looked_at(self):
         assert small_bpe(PRE.ByteLevel(), BYTES)._pieces is None
         assert small_bpe(PRE.Whitespace(), unk_token="<unk>")._pieces is None
-        assert small_bpe(PRE.ByteLevel(), BYTES[:-1])._pieces is not None
+        assert small_bpe(PRE.ByteLevel(), [byte for byte in BYTES if byte != "z"])._pieces is not None
         assert small_bpe(PRE.Whitespace(), byte_fallback=True)._pieces is None
 
     @given(text=st.text(st.sampled_from("to be</s>éࠀ漢🙂\u07ff\U0010ffff\x00\n")))
