@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 
 from train.clock import now
@@ -142,7 +142,7 @@ def launch(words: Sequence[str], processes: int, devices: int | None) -> int:
         command += ["--cpu-devices", str(devices)]
     logs = _log_folder(words)
     workers: list[Worker] = []
-    with _passing_signals_on(workers):
+    with _passing_signals_on(workers) as all_have_started:
         for number in range(processes):
             environment = os.environ | {
                 COORDINATOR: coordinator,
@@ -156,6 +156,7 @@ def launch(words: Sequence[str], processes: int, devices: int | None) -> int:
                 environment[DEVICES] = str(devices)
             log = logs / f"process-{number}.txt" if logs else None
             workers.append(Worker(number, command, environment, log))
+        all_have_started()
         dead = _wait_for_first_failure(workers)
         if dead is not None and dead.process.returncode not in _STOPPED:
             dead = _stop_all(workers, dead)
@@ -172,8 +173,10 @@ def launch(words: Sequence[str], processes: int, devices: int | None) -> int:
 
 
 @contextlib.contextmanager
-def _passing_signals_on(workers: Sequence[Worker]) -> Iterator[None]:
+def _passing_signals_on(workers: Sequence[Worker]) -> Iterator[Callable[[], None]]:
     """Within the block the workers get what this process gets: to stop, to be suspended. At its end they are killed.
+
+    Signals wait until the function that it gives is called: one that comes between two starts would miss the second.
 
     Raises:
       StoppedAtOnce: the same signal came again.
@@ -204,9 +207,17 @@ def _passing_signals_on(workers: Sequence[Worker]) -> Iterator[None]:
     handlers = dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), pass_on) | {
         signal.SIGTSTP: suspend
     }
-    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    came: list[int] = []
+    previous = {number: signal.signal(number, lambda number, _: came.append(number)) for number in handlers}
+
+    def all_have_started() -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for missed in came:
+            signal.raise_signal(missed)
+
     try:
-        yield
+        yield all_have_started
     finally:
         for worker in workers:
             worker.signal(signal.SIGKILL)

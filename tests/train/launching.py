@@ -75,12 +75,15 @@ def wait_for_step(workdir, step, process):
 def children(process):
     """The ids of the processes that a launcher has started, by their number in the run."""
     found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
-    return sorted((int(pid) for pid in found.stdout.split()), key=_number_in_run)
+    numbers = {int(pid): _number_in_run(pid) for pid in found.stdout.split()}
+    return sorted((pid for pid in numbers if numbers[pid] is not None), key=numbers.get)
 
 
 def _number_in_run(pid):
+    """None: not a process of the run, or not yet."""
     variables = pathlib.Path(f"/proc/{pid}/environ").read_text().split("\0")
-    return next(int(text.partition("=")[2]) for text in variables if text.startswith("MOEJAX_PROCESS_ID="))
+    found = [int(text.partition("=")[2]) for text in variables if text.startswith("MOEJAX_PROCESS_ID=")]
+    return found[0] if found else None
 
 
 def has_state(pid, state):

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+import types
 
 import pytest
 
@@ -285,6 +286,36 @@ def test_a_killed_or_failed_process_is_likelier_the_cause_than_one_that_lost_the
         launch.launch(["train", "--workdir", str(tmp_path / "run")], processes=2, devices=1)
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_signal_that_comes_while_workers_start_reaches_them_all(monkeypatch, times):
+    workers = []
+
+    class Started:
+        """A worker that ends as soon as it gets a signal; the first one's start is when signals come."""
+
+        def __init__(self, number, *_):
+            self.number, self.came = number, []
+            self.process = types.SimpleNamespace(poll=lambda: 143 if self.came else 0, returncode=143)
+            workers.append(self)
+            for _ in range(times if number == 0 else 0):
+                signal.raise_signal(signal.SIGTERM)
+
+        def signal(self, number):
+            self.came.append(number)
+
+        def end(self):
+            return 143
+
+    monkeypatch.setattr(launch, "Worker", Started)
+    if times == 1:
+        assert launch.launch(["train"], processes=3, devices=1) == 143
+    else:
+        with pytest.raises(launch.StoppedAtOnce):
+            launch.launch(["train"], processes=3, devices=1)
+    asked = [signal.SIGTERM, signal.SIGKILL][:times]
+    assert [worker.came[:times] for worker in workers] == [asked] * 3
+
+
 LAUNCHED = """
 import sys
 from train import cli
@@ -304,6 +335,7 @@ def test_the_second_signal_ends_a_launched_run_at_once(tmp_path, number):
     program.chmod(0o700)
     process = start("-c", LAUNCHED, program, tmp_path / "run", command=[sys.executable])
     assert process.stdout.readline() == "ready\n", "what Gloo says is left out"
+    wait_until(lambda: len(children(process)) == 2)
     workers = children(process)
     suspended = lambda: [has_state(pid, "T") for pid in (process.pid, *workers)]  # noqa: E731
     process.send_signal(signal.SIGTSTP)
