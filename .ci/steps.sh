@@ -6,7 +6,7 @@ source_tree=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 work=${CI_WORK:-$(mktemp -d)}  # with CI_WORK, a second call finds the environments of the first
 [[ -n ${CI_WORK:-} ]] || trap 'rm -rf "$work"' EXIT
 mkdir -p "$work"
-export JAX_COMPILATION_CACHE_DIR="$work/cache"  # begins empty: the times are those of a fresh machine
+export JAX_COMPILATION_CACHE_DIR="$work/cache"  # not the user's
 timings=""
 
 step() {
@@ -32,7 +32,7 @@ clone_tree() {
   local commit
   commit=$(git -C "$source_tree" rev-parse HEAD 2>/dev/null || echo none)
   if [[ $commit == none || $commit != "$(cat "$work/commit" 2>/dev/null)" ]]; then
-    rm -rf "${work:?}"/{dist,wheel,python*,gpu*}  # of another commit
+    rm -rf "${work:?}"/{dist,of-commit}  # what was built of another commit
     printf '%s' "$commit" >"$work/commit"
   fi
   if git clone -q --no-local "$source_tree" "$work/tree"; then
@@ -60,15 +60,16 @@ find_python() {
   return 1
 }
 
-# make_environment NAME PYTHON REQUIREMENT...: a virtual environment in $work/NAME, unless it is there already.
+# make_environment NAME PYTHON REQUIREMENT...: $environments/NAME with the wheel of this commit, unless it is there already.
+environments=$work/of-commit
 make_environment() {
   local name=$1 python=$2
   shift 2
-  if [[ ! -e $work/$name/complete ]]; then
-    rm -rf "${work:?}/$name"
-    "$python" -m venv "$work/$name"
-    "$work/$name/bin/pip" install -q "$@"
-    touch "$work/$name/complete"
+  if [[ ! -e $environments/$name/complete ]]; then
+    rm -rf "${environments:?}/$name"
+    "$python" -m venv "$environments/$name"
+    "$environments/$name/bin/pip" install -q "$(wheel)[test]" "$@"
+    touch "$environments/$name/complete"
   fi
 }
 
@@ -109,9 +110,9 @@ slow_tests() {
 
 # Against torch and transformers, which nothing else needs.
 parity_tests() {
-  make_environment parity python3 "$(wheel)[test]" torch==2.13.0 transformers==5.24.0
+  make_environment parity python3 torch==2.13.0 transformers==5.24.0
   copy_tests elsewhere-parity
-  "$work/parity/bin/python" -m pytest -m parity tests/parity
+  "$environments/parity/bin/python" -m pytest -m parity tests/parity
   cd "$work/tree"
 }
 
@@ -125,9 +126,9 @@ quick_tests_with() {
   local version=$1 python
   shift
   python=$(find_python "$version")
-  make_environment "python$version" "$python" "$(wheel)[test]" "$@"
+  make_environment "python$version" "$python" "$@"
   copy_tests "elsewhere$version"
-  "$work/python$version/bin/python" -m pytest -n 2 --dist worksteal \
+  "$environments/python$version/bin/python" -m pytest -n 2 --dist worksteal \
     -m 'not slow and not repo and not gpu and not compile_gpu and not parity'
   cd "$work/tree"
 }
@@ -141,18 +142,18 @@ compile_for_gpus() {
   local version=$1 jax=$2 python
   shift 2
   python=$(find_python "$version")
-  make_environment "gpu$version" "$python" "$(wheel)[test]" "jax==$jax" "jaxlib==$jax" "jax-cuda13-pjrt==$jax" \
+  make_environment "gpu$version" "$python" "jax==$jax" "jaxlib==$jax" "jax-cuda13-pjrt==$jax" \
     "jax-cuda13-plugin==$jax" nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime
   copy_tests "elsewhere-gpu$version"
-  "$work/gpu$version/bin/python" -m pytest -n 2 --dist loadfile -m compile_gpu "${@:-tests/compile_gpu}"
+  "$environments/gpu$version/bin/python" -m pytest -n 2 --dist loadfile -m compile_gpu "${@:-tests/compile_gpu}"
   cd "$work/tree"
 }
 
 # A real Slurm and a real Open MPI, for the tests that start a run with them on this one machine.
 install_schedulers() {
   if [[ $(id -u) != 0 ]] || ! command -v apt-get >/dev/null; then
-    printf 'NOT TESTED with Slurm and Open MPI: installing them needs root and apt-get\n'
-    return
+    printf 'error: Slurm and Open MPI are needed, and installing them needs root and apt-get\n' >&2
+    return 1
   fi
   apt-get update -qq
   DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge openmpi-bin >/dev/null
@@ -167,7 +168,7 @@ copy_tests() {
 }
 
 build_wheel() {
-  rm -rf "$work/dist" "$work/wheel"
+  rm -rf "$work/dist" "$environments"
   .venv/bin/pip wheel -q . --no-deps -w "$work/dist"
 }
 
@@ -178,11 +179,11 @@ wheel() {
 
 # What a user does first with the wheel, and the tests that a wheel could fail: of files, paths and packages.
 use_wheel() {
-  make_environment wheel python3 "$(wheel)[test]"
+  make_environment wheel python3
   copy_tests elsewhere
-  "$work/wheel/bin/moejax" doctor
-  "$work/wheel/bin/moejax" train quickstart --steps 20 --eval.every 0 --workdir "$work/elsewhere/run"
-  "$work/wheel/bin/python" -m pytest -n 2 --dist worksteal -m 'not slow and not repo and not gpu and not compile_gpu and not parity' \
+  "$environments/wheel/bin/moejax" doctor
+  "$environments/wheel/bin/moejax" train quickstart --steps 20 --eval.every 0 --workdir "$work/elsewhere/run"
+  "$environments/wheel/bin/python" -m pytest -n 2 --dist worksteal -m 'not slow and not repo and not gpu and not compile_gpu and not parity' \
     tests/test_plain_installation.py tests/custom_ops/test_native.py \
     tests/train/test_{cli,config_io,doctor,export,report}.py
   cd "$work/tree"
@@ -191,7 +192,7 @@ use_wheel() {
 # The other tests compile as cheaply as they can (tests/conftest.py); what is promised to the bit also runs as shipped.
 as_shipped() {
   .venv/bin/python -m benchmarks.layouts
-  MOEJAX_TEST_AS_SHIPPED=1 .venv/bin/python -m pytest -q tests/train/test_loop.py -k kill
+  MOEJAX_TEST_AS_SHIPPED=1 .venv/bin/python -m pytest -q -m landing tests/train/test_loop.py -k kill
 }
 
 # AddressSanitizer and UBSan over the tests of the native ops. Only the library is instrumented; Python loads their

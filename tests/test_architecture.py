@@ -4,6 +4,8 @@ import ast
 import pathlib
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -96,6 +98,30 @@ def test_readmes_commands_and_configs_exist():
         if command == "train" and argument != ["CONFIG"] and argument:
             name = argument[0].removeprefix("configs/").removesuffix(".py")
             assert (ROOT / "configs" / f"{name}.py").is_file(), argument
+
+
+def chosen_tests():
+    """What texts and scripts let pytest run, where they name files: its arguments, as the shell gives them."""
+    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / ".ci" / "steps.sh"):
+        for line in re.findall(r"-m pytest ([^`\n]*)", path.read_text().replace("\\\n", "")):
+            words = shlex.split(line.replace("${@:-tests/compile_gpu}", "tests/compile_gpu"))
+            if any(word.startswith("tests/") for word in words):
+                parts = (re.fullmatch(r"(.*){(.*)}(.*)", word) for word in words)
+                yield tuple(
+                    given
+                    for word, part in zip(words, parts, strict=True)
+                    for given in (
+                        [part[1] + name + part[3] for name in part[2].split(",")] if part else [word]
+                    )
+                )
+
+
+@pytest.mark.landing
+@pytest.mark.parametrize("words", sorted(set(chosen_tests())), ids=" ".join)
+def test_a_command_that_names_tests_runs_some(words):
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *words, "-n", "0"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
 
 
 def test_links_in_the_documents_lead_somewhere():
