@@ -1,17 +1,17 @@
 """A batch without a single token, on one device and on two: nothing comes out, and every gradient is zero.
 
-The smallest program in which XLA's partitioner (Shardy's ManualComputationUnusedInputsPattern) dies in jax 0.11.2:
-
-    jax.jit(lambda y: jax.shard_map(lambda a, y: a.sum() + y, mesh=mesh, in_specs=P("e"), out_specs=P("e"))(
-        jnp.zeros((0, 4)), y))(jnp.ones((2, 4)))
-
-It is why jax 0.11 gets the partitioner before Shardy (`moejax.partitioner`).
+In `test_the_smallest_program_compiles` a partitioner of XLA (Shardy's ManualComputationUnusedInputsPattern) dies in
+jax 0.11.2. It is why jax 0.11 gets the partitioner before Shardy (`moejax.partitioner`).
 """
+
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 import moejax
 from moejax import partitioner
@@ -37,6 +37,21 @@ def test_jax_011_partitions_without_shardy(monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
     partitioner.avoid_shardy_where_it_dies()
     assert not chosen and jax.config.jax_use_shardy_partitioner == shardy
+
+
+def test_to_import_moejax_is_to_choose(monkeypatch):
+    monkeypatch.delenv(partitioner.VARIABLE, raising=False)
+    for version, shardy in (((0, 10, 2), True), ((0, 11, 2), False)):
+        program = (
+            f"import jax\nfrom flax import nnx\njax.__version_info__ = {version}\nimport moejax\n"
+            f"assert jax.config.jax_use_shardy_partitioner == {shardy}"
+        )
+        subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_the_smallest_program_compiles():
+    split = jax.shard_map(lambda a, y: a.sum() + y, mesh=mesh(2), in_specs=P("expert"), out_specs=P("expert"))
+    assert (jax.jit(lambda y: split(jnp.zeros((0, 4)), y))(jnp.ones((2, 4))) == 1).all()
 
 
 @pytest.mark.parametrize("devices", [1, 2])
