@@ -55,6 +55,14 @@ def ffn(x_TD, w_in, w_out_FD, activation="swiglu", b_in=None, b_out_D=None):
     return y_TD if b_out_D is None else y_TD + b_out_D[None, :]
 
 
+def within_capacity(ids_TK, num_experts, factor):
+    """The first ceil(factor * T * K / E) choices of every expert in the order of tokens; -1 for the others."""
+    is_choice_NE = jnp.reshape(ids_TK, (-1, 1)) == jnp.arange(num_experts)[None, :]
+    place_N = jnp.sum(jnp.cumsum(is_choice_NE, axis=0) * is_choice_NE, axis=1)
+    fits_N = place_N <= math.ceil(factor * ids_TK.size / num_experts)
+    return jnp.where(fits_N.reshape(ids_TK.shape), ids_TK, -1)
+
+
 def layer(moe, routing, x_TD, ids_TK):
     """y_TD of an `MoE` by these choices: of its experts by name, with or without biases, and its shared ones.
 

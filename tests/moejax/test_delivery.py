@@ -17,6 +17,7 @@ from moejax.levels import CAPACITY_FACTOR, ROW_TILE
 from tests import tolerance
 from tests.moejax.layer_under_load import NAMES, D, Layer, draw, experts, make_mesh, oracle
 from tests.moejax.loads import LOADS, balanced
+from tests.moejax.oracle import within_capacity
 
 TOKENS_PER_DEVICE = 32
 
@@ -64,17 +65,6 @@ def name(case):
     return "-".join(str(value).replace(" ", "") for value in case.values())
 
 
-def within_capacity(ids, num_experts, factor):
-    """The first choices of every expert, in the order of tokens, as a loop."""
-    capacity = math.ceil(factor * ids.size / num_experts)
-    taken, kept = np.zeros(num_experts, int), np.full_like(ids, -1)
-    for place, expert in np.ndenumerate(ids):
-        if expert >= 0 and taken[expert] < capacity:
-            kept[place] = expert
-            taken[expert] += 1
-    return kept
-
-
 def check_under_all_loads(*, layout, top_k, num_experts, dtype=np.float32, tol=tolerance.F32, **options):
     devices = math.prod(layout)
     num_tokens = devices * TOKENS_PER_DEVICE
@@ -86,7 +76,9 @@ def check_under_all_loads(*, layout, top_k, num_experts, dtype=np.float32, tol=t
         ids = load(rng, num_tokens, top_k, num_experts, devices).astype(np.int32)
         actual, account = layer(ids, *operands)
         served = np.asarray(account.served_TK)
-        admitted = ids if options["overflow"] == "rounds" else within_capacity(ids, num_experts, 1.25)
+        admitted = (
+            ids if options["overflow"] == "rounds" else np.asarray(within_capacity(ids, num_experts, 1.25))
+        )
         assert np.sum(account.over_capacity) == np.sum(admitted != ids), load.__name__
         assert not np.any(served & (admitted < 0)), "a choice beyond capacity was served"
         at_sender = int(np.sum(account.at_sender))
@@ -195,7 +187,10 @@ def test_hardly_any_tokens(tokens_per_device, options):
     x, weights, w, dy = draw(num_tokens, top_k, num_experts)
     ids = np.full((num_tokens, top_k), num_experts - 1, np.int32)
     actual, account = layer(ids, x, weights, w, dy)
-    assert account.served_TK.shape == ids.shape and account.rounds.tolist() == [1, 1]
+    served = np.asarray(account.served_TK)
+    assert served.shape == ids.shape and account.rounds.tolist() == [1, 1]
+    assert served.all() and not np.any(account.over_capacity) and not np.any(account.at_sender)
+    assert np.any(account.fill_V) == (num_tokens > 0), "an absent token fills no buffer"
     for what, a, b in zip(NAMES, actual, oracle(num_experts)(x, weights, w, ids, dy), strict=True):
         tolerance.assert_close(a, b, tolerance.F32, what)
 
