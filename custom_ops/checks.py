@@ -109,7 +109,7 @@ def one_of(names: Collection[str]) -> Rule:
 
 def unknown_name(argument: str, value: object, names: Collection[str]) -> NoReturn:
     """Raise BadArgument with all names and, for a text, the nearest."""
-    near = difflib.get_close_matches(value, names, n=1, cutoff=0.0) if isinstance(value, str) else []
+    near = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) else []
     hint = f"; the nearest is {near[0]}" if near else ""
     raise BadArgument(argument, value, f"must be one of {', '.join(names)}{hint}")
 

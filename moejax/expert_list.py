@@ -25,7 +25,7 @@ class ExpertList(nnx.Module):
     split over expert axes; over `data` they can be used as they are.
 
     Raises:
-      ValueError: there are not `num_experts` of them.
+      ValueError: there are not `num_experts` of them, or one occurs twice.
     """
 
     @checked()
@@ -40,6 +40,8 @@ class ExpertList(nnx.Module):
             require(callable(expert) and not isinstance(expert, type), f"experts[{number}]", expert, rule)
         rule = f"must be num_experts ({num_experts}) modules, got {len(experts)}"
         require(len(experts) == num_experts, "experts", experts, rule)
+        rule = "must be different modules; one that occurs twice would be one expert with two numbers"
+        require(len({id(expert) for expert in experts}) == num_experts, "experts", experts, rule)
         self.experts = nnx.List(experts)
 
     def __call__(self, x_TD: jax.Array, plan: DispatchPlan, weights_TK: jax.Array) -> jax.Array:

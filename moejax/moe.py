@@ -48,7 +48,7 @@ from moejax.mesh import (
 )
 from moejax.order import after, together
 from moejax.own import check_own_experts, check_router, one_array, refuse_unknown
-from moejax.routing import Router, RouterState, Routing, make_router
+from moejax.routing import ROUTERS, Router, RouterState, Routing, make_router
 from moejax.routing.check import check_routing
 from moejax.routing.router import LinearRouter
 from moejax.shadow import Shadow, replicate_module
@@ -249,6 +249,9 @@ class MoE(nnx.Module):
         if self.orthogonality_weight and not isinstance(router, LinearRouter):
             rule = f"needs a router with a linear layer, not {type(router).__name__}"
             raise BadArgument("orthogonality_weight", orthogonality_weight, rule)
+        if self.load_weight and type(router) in ROUTERS.values() and "load" not in own:
+            rule = f"only router noisy knows the chances of its choices, not {type(router).__name__}"
+            raise BadArgument("load_weight", load_weight, rule)
 
     @checked(x=one_array, batch_load=instance_of(BatchLoad, "a BatchLoad"))
     def __call__(

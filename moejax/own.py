@@ -81,9 +81,13 @@ def refuse_unknown(router: str, options: Mapping[str, Any], layer: type) -> None
     ]
     for option, value in options.items():
         if router in ROUTERS and option not in known:
-            near = difflib.get_close_matches(option, [*known, *own], n=1, cutoff=0.0)
-            has = f"its options are {', '.join(known)}" if known else "it has none"
-            rule = (
-                f"router {router} has no such option; {has}; the nearest argument of the layer is {near[0]}"
-            )
+            rule = f"router {router} has no such option; "
+            rule += f"its options are {', '.join(known)}" if known else "it has none"
+            others = [name for name in ROUTERS if option in router_options(name)]
+            if others:
+                rule += (
+                    f"; {', '.join(others)} has it" if len(others) == 1 else f"; {', '.join(others)} have it"
+                )
+            elif near := difflib.get_close_matches(option, [*known, *own], n=1):
+                rule += f"; the nearest argument of the layer is {near[0]}"
             raise BadArgument(option, value, rule)

@@ -129,7 +129,7 @@ class Transformer(nnx.Module):
       d_hidden: F of the dense layers.
       moe_layers: numbers of the layers that are MoE.
       moe: arguments of `MoE` beyond `d_model`: `d_hidden`, `num_experts`, `top_k`, `router`, ...
-      moe_of_layer: for single MoE layers by number, what replaces entries of `moe`, such as another number of experts.
+      moe_of_layer: for single MoE layers by number, the arguments that replace `moe`, all of them.
       remat: name in `REMAT_POLICIES`.
       dtype: of all products and activations; parameters are f32.
 

@@ -53,7 +53,10 @@ class Clock:
                     untold, self._untold, self._told_at = self._untold, 0.0, seen
             awake = seen - self._asleep
         if untold:  # beside the lock: who writes the line may ask for the time
-            log.info("%.0f s are not counted: the process was suspended, or nothing in it could run", untold)
+            log.info(
+                "%.0f s do not count as work: the process was suspended, or nothing in it could run",
+                untold,
+            )
         return awake
 
     def keep_looking(self) -> None:

@@ -194,9 +194,9 @@ def _report(arguments: Sequence[str], options: Mapping[str, str]) -> int:
 def _export(argument: str, options: Mapping[str, str]) -> int:
     chosen = override(ExportOptions(), options, prefix="--")
     if chosen.layer is None:
-        raise ConfigError("--layer", "(nothing)", "must be given")
+        raise ConfigError("--layer", "(nothing)", "must be given: the number of a layer, from 0")
     if not chosen.output:
-        raise ConfigError("--output", "(nothing)", "must be given")
+        raise ConfigError("--output", "(nothing)", "must be given: the file to write")
     output = str(expanded("--output", chosen.output))
     argument = _run_directory(argument)
     load_jax()

@@ -130,7 +130,7 @@ class MoEConfig:
     """Pieces in which the tokens go through a layer, so that one travels while another is computed."""
     shadow: int | Literal["auto"] = 0
     """Experts that are copied to every device of the expert axes in each step: those in most demand of late. `auto`: as
-    many, 8 at most, as pay by measured times and the load so far; decided at the begin and after evaluations."""
+    many, 8 at most, as pay by measured times and the load so far; decided at the beginning and after evaluations."""
     wire: Literal["none", "bf16", "fp8"] = "none"
     """Compression of rows between devices: none, bf16, or fp8 towards the experts and bf16 back."""
     received: Literal["keep", "resend"] = "keep"

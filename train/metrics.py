@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from train.reading import reading, regular
+
+log = logging.getLogger("moejax")
 
 DROP_CAUSES = {
     "dropped_by_router": "by the router",
@@ -66,8 +69,13 @@ class Metrics:
           evaluated: keep an evaluation after that very step too.
         """
         self._file.close()
-        lines = self.path.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if _is_up_to(line, step, evaluated)]
+        kept = []
+        for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True), 1):
+            record = _step_and_kind(line)
+            if record is None and line.endswith(b"\n") and line.strip():
+                log.warning("%s line %d is not a record of metrics and is left out", self.path, number)
+            if record is not None and record[0] < step + (evaluated or not record[1]):
+                kept.append(line)
         shorter = self.path.with_name(self.path.name + ".cut")
         with shorter.open("wb") as file:
             file.writelines(kept)
@@ -130,12 +138,11 @@ def _portable(value: Any) -> Any:
     return number
 
 
-def _is_up_to(line: bytes, step: int, evaluated: bool) -> bool:
-    """Whether a line is whole and belongs to `step` (before its evaluation, unless `evaluated`) or an earlier one."""
-    if not line.endswith(b"\n"):
-        return False
+def _step_and_kind(line: bytes) -> tuple[int, bool] | None:
+    """The step of a line and whether it is of an evaluation; None for half a line or a damaged one."""
     try:
-        record = json.loads(line)
-        return record["step"] < step + (evaluated or EVALUATION not in record)
+        record = json.loads(line) if line.endswith(b"\n") else {}
+        step = record.get("step")
+        return (step, EVALUATION in record) if type(step) is int else None
     except Exception:  # a damaged line may hold anything, such as lists nested too deeply
-        return False
+        return None

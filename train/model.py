@@ -15,7 +15,7 @@ import moejax
 from moejax.cost import Link
 from moejax.levels import CAPACITY_FACTOR
 from moejax.mesh import state_shardings
-from moejax.routing import is_linear, router_options
+from moejax.routing import is_linear, knows_chances, router_options
 from train.config import MeshConfig, MoEConfig, TrainConfig
 from train.layers import MoELayer, hidden_widths, moe_layers_of
 from train.validation import LOSSES
@@ -129,6 +129,8 @@ def _routing_options(config: TrainConfig, router: str) -> dict[str, Any]:
     options = {name: value for name, value in given.items() if name in known}
     if not is_linear(router):
         options.pop("orthogonality_weight", None)
+    if not knows_chances(router):
+        options.pop("load_weight", None)
     if "bias_rate" in known:
         options["bias_rate"] = bias_rate(config)
     return options

@@ -281,7 +281,7 @@ def _options(config: TrainConfig) -> dict[str, object]:
 
 def _check_options(config: TrainConfig, routers: Iterable[str]) -> None:
     """Every option is one of some router that the model has."""
-    from moejax.routing import is_linear, router_options
+    from moejax.routing import is_linear, knows_chances, router_options
 
     group = "model.moe.routing."
     known = list(dict.fromkeys(option for router in routers for option in router_options(router)))
@@ -290,7 +290,7 @@ def _check_options(config: TrainConfig, routers: Iterable[str]) -> None:
             has = f"its options: {', '.join(group + option for option in known)}" if known else "it has none"
             raise ConfigError(group + name, value, f"router {', '.join(routers)} has no such option; {has}")
     load_weight = config.model.moe.routing.load_weight
-    if load_weight and "noisy" not in routers:
+    if load_weight and not any(map(knows_chances, routers)):
         rule = f"must be 0 or unset: only router noisy knows the chances of its choices, not {', '.join(routers)}"
         raise ConfigError(group + "load_weight", load_weight, rule)
     orthogonality_weight = config.model.moe.routing.orthogonality_weight

@@ -60,6 +60,11 @@ def is_linear(name: str) -> bool:
     return issubclass(ROUTERS[name], LinearRouter)
 
 
+def knows_chances(name: str) -> bool:
+    """Whether the named router knows the chances of its choices, which the load loss is of."""
+    return "load" in ROUTERS[name].default_losses
+
+
 @checked(name=lambda _, value: one_of(ROUTERS)("router", value))
 def make_router(
     name: str, d_model: int, num_experts: int, *, top_k: int | None = None, rngs: nnx.Rngs, **options: Any

@@ -296,6 +296,14 @@ def test_options_of_a_router_are_refused_by_name_through_the_layer(router):
         ValueError, match=r"^num_expert = 3: router .* the nearest argument of the layer is num_experts"
     ):
         moejax.MoE(D, F, E, router=router, num_expert=3, rngs=rngs())
+    if router != "noisy":
+        with pytest.raises(ValueError, match=r"^load_weight = 0\.1: only router noisy knows"):
+            moejax.MoE(D, F, E, router=router, load_weight=0.1, rngs=rngs())
+
+
+def test_the_router_that_has_an_option_is_named():
+    with pytest.raises(ValueError, match=r"jitter = 0\.1: router topk has .* option; .*; switch has it"):
+        moejax.MoE(D, F, E, jitter=0.1, rngs=rngs())
 
 
 def test_what_the_mesh_does_not_divide_is_refused_by_name():

@@ -111,6 +111,8 @@ def test_what_a_list_of_experts_cannot_do_is_said():
     x, _ = draw()
     with pytest.raises(ValueError, match=r"experts = \[Half.*: must be num_experts \(8\) modules, got 2"):
         make_layer(2, experts=[Half(), Half()])
+    with pytest.raises(ValueError, match=r"experts = \[Half.*: must be different modules"):
+        make_layer(2, experts=[Half()] * E)
     layer = make_layer(2, experts=[Half() for _ in range(E)])
     with (
         jax.set_mesh(moejax.make_mesh(expert=8)),

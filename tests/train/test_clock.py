@@ -56,7 +56,7 @@ def test_what_is_not_counted_is_logged_at_most_once_a_minute(system, caplog):
     for gap in (100, 20, 30, 5, 60):
         system.now += gap
         clock.now()
-    why = "s are not counted: the process was suspended, or nothing in it could run"
+    why = "s do not count as work: the process was suspended, or nothing in it could run"
     assert caplog.messages == [f"99 {why}", f"{19 + 29 + 59} {why}"]
 
 

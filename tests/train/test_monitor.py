@@ -74,13 +74,17 @@ class TestMetrics:
         assert path.read_bytes() == kept + b'{"step": 3}\n'
         assert os.listdir(tmp_path) == ["m"]
 
-    def test_damaged_lines_are_cut_out(self, tmp_path):
+    def test_damaged_lines_are_cut_out_and_named(self, tmp_path, caplog):
         whole = b'{"step": 1, "loss": 2.0}\n'
         damage = (b"[" * 50_000, b"\0\0", b"[1]", b"{}", b'{"step": "1"}', b'{"step": 1', b"\xff")
         (tmp_path / "metrics.jsonl").write_bytes(whole + b"\n".join(damage) + b"\n" + whole[:9])
         with contextlib.closing(Metrics(tmp_path / "metrics.jsonl")) as metrics:
             metrics.truncate_after(2)
         assert (tmp_path / "metrics.jsonl").read_bytes() == whole
+        told = [record.getMessage() for record in caplog.records]
+        assert len(told) == len(damage) and told[0].endswith(
+            "metrics.jsonl line 2 is not a record of metrics and is left out"
+        )
 
     def test_failed_cut_leaves_the_file(self, tmp_path, monkeypatch):
         metrics = Metrics(tmp_path / "m")

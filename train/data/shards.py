@@ -77,9 +77,7 @@ def _map_bin(field: str, path: Path, tokenizer: Tokenizer) -> np.ndarray:
     with reading(field, path, "a file of tokens"):
         size = os.stat(regular(path)).st_size
     if size % dtype.itemsize:
-        rule = (
-            f"has {size} bytes, no multiple of {dtype.itemsize} (it is read as {dtype.name}); save it as .npy"
-        )
+        rule = f"has {size} bytes, not a multiple of {dtype.itemsize} (it is read as {dtype.name}); save it as .npy"
         raise ConfigError(field, path, rule)
     if size == 0:
         return np.zeros(0, dtype)
@@ -98,8 +96,8 @@ def _document_ends(
         if int(chunk.max()) >= tokenizer.vocab_size or int(chunk.min()) < 0:
             offset = int(np.argmax((chunk >= tokenizer.vocab_size) | (chunk < 0)))
             rule = (
-                f"id {chunk[offset]} at token {begin + offset} must be below the vocabulary of "
-                f"{tokenizer.vocab_size}; does data.tokenizer name the tokenizer that made it?"
+                f"id {chunk[offset]} at token {begin + offset} must be from 0 to "
+                f"{tokenizer.vocab_size - 1}, the vocabulary; does data.tokenizer name the tokenizer that made it?"
             )
             raise ConfigError(field, path, rule)
         ends.append(np.flatnonzero(chunk == tokenizer.separator) + begin + 1)

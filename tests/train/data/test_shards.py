@@ -84,14 +84,14 @@ def test_an_id_outside_the_vocabulary(tmp_path, monkeypatch, bad, chunk):
     tokens = TOKENS.astype(np.int32)
     tokens[[60, 80]] = bad
     np.save(tmp_path / "a.npy", tokens)
-    pattern = rf"^data.path = .*a.npy: id {bad} at token 60 must be below the vocabulary of 257"
+    pattern = rf"^data.path = .*a.npy: id {bad} at token 60 must be from 0 to 256, the vocabulary"
     with pytest.raises(ConfigError, match=pattern):
         load(tmp_path / "a.npy")
 
 
 def test_unsound_files(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"abc")
-    with pytest.raises(ConfigError, match=r"a.bin: has 3 bytes, no multiple of 2"):
+    with pytest.raises(ConfigError, match=r"a.bin: has 3 bytes, not a multiple of 2"):
         load(tmp_path / "a.bin")
     (tmp_path / "b.npy").write_bytes(b"not numpy")
     with pytest.raises(ConfigError, match=r"b.npy: is not a sound .npy file"):
