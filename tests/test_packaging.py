@@ -10,6 +10,8 @@ import zipfile
 import pytest
 from packaging.requirements import Requirement
 
+from moejax_cli import NEEDED
+
 pytestmark = pytest.mark.repo
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -48,6 +50,7 @@ def test_each_python_gets_one_pair_of_jax_and_flax(python):
 def test_what_the_code_imports_is_declared():
     declared = {Requirement(text).name.lower() for text in PROJECT["dependencies"]}
     declared |= {Requirement(text).name.lower() for text in PROJECT["optional-dependencies"]["hf"]}
+    used = set()
     for path in package_files(".py"):
         for node in ast.walk(ast.parse((ROOT / path).read_text())):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -56,6 +59,8 @@ def test_what_the_code_imports_is_declared():
             for module in {module.partition(".")[0] for module in modules}:
                 if module not in sys.stdlib_module_names and module not in PACKAGES:
                     assert DISTRIBUTIONS.get(module, module).lower() in declared, f"{path} imports {module}"
+                    used.add(module)
+    assert set(NEEDED) == used - {"safetensors"} | {"jaxlib"}
 
 
 def test_extras_are_those_promised():

@@ -50,6 +50,12 @@ def folder(tmp_path):
     return tmp_path
 
 
+def searching(searched):
+    """The environment with this PYTHONPATH, or none."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return environment | ({"PYTHONPATH": searched} if searched else {})
+
+
 @pytest.mark.parametrize(
     ("searched", "config", "message"),
     [
@@ -59,11 +65,26 @@ def folder(tmp_path):
     ],
 )
 def test_files_of_the_current_folder_do_not_run(moejax, folder, searched, config, message):
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"PYTHONPATH": searched} if searched else {}
+    environment = searching(searched)
     line = [*moejax, "launch", "--processes", "1", "--devices-per-process", "1"]
     line += ["train", config, "--mesh.expert", "3", "--workdir", "run"]
     done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, ""), done
     assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
     assert not (folder / "ran").exists() and not (folder / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["jax", "yaml"])
+def test_a_file_in_place_of_a_package_that_moejax_needs_is_named(moejax, tmp_path, name):
+    (tmp_path / f"{name}.py").write_text("")
+    command = dict(cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*moejax, "doctor"], env=searching(f"{os.sep}:."), **command)
+    assert (done.returncode, done.stdout) == (2, ""), done
+    assert done.stderr == (
+        f"error: PYTHONPATH = /:.: {tmp_path / name}.py would be imported as {name}; "
+        "take its folder out of PYTHONPATH or rename it\n"
+    )
+    done = subprocess.run([*moejax, "train", "nosuchconfig"], env=searching(None), **command)
+    assert "CONFIG = nosuchconfig: no such config file" in done.stderr, (
+        "without PYTHONPATH nothing is in the way"
+    )
