@@ -65,6 +65,9 @@ EVERYTHING = {
     "router": "sigmoid",
     "shadow": 1,
     "shared_experts": 1,
+    "shared_hidden": 12,
+    "shared_gate": True,
+    "experts": "clamped_swiglu",
     "expert_bias": True,
     "links": {"expert": NVLINK},
     "chunks": 2,
@@ -179,7 +182,15 @@ def test_transformations_take_every_layer(name):
 # Of flax's other flags, `flax_pytree_module` is read when a class is made, and with `flax_hijax_variable` flax's own
 # layers cannot be differentiated (0.12.8).
 @pytest.mark.parametrize("flag", [nnx.set_graph_mode, nnx.set_graph_updates])
-@pytest.mark.parametrize("name", ["MoE with everything", "Transformer"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=() if name in ("MoE with everything", "Transformer") else pytest.mark.landing
+        )
+        for name in LAYERS
+    ],
+)
 def test_transformations_with_modules_as_trees(flag, name):
     with flag(False):
         trace_all_idioms(*LAYERS[name])
