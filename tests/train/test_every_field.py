@@ -251,6 +251,15 @@ def test_a_field_changes_what_is_compiled(name):
     pytest.fail(f"{allowed} runs may have it, and it does nothing")
 
 
+@pytest.mark.landing
+def test_what_the_host_does_changes_nothing_that_is_compiled():
+    others = {name: value for name, value in WHOLE_RUN.items() if name not in ON_THE_HOST}
+    given = WHOLE_RUN | {name: "there" for name in PATHS}
+    assert ON_THE_HOST <= given.keys()
+    without, texts = (programs(tuple(sorted(fields.items())), 8) for fields in (others, given))
+    assert texts is not None and texts == without
+
+
 def two_steps(fields, num_devices, **axes):
     """Losses of two steps on one batch, and the program's state behind them."""
     config = configured(fields, num_devices)
@@ -259,7 +268,7 @@ def two_steps(fields, num_devices, **axes):
     return [run.take(batch) for _ in range(2)], run
 
 
-@pytest.mark.slow  # eleven different layers in one program
+@pytest.mark.landing  # eleven different layers in one program
 def test_every_option_of_every_router_takes_two_steps():
     metrics, run = two_steps(ROUTING, 1)
     assert all(np.isfinite(float(step["loss"])) for step in metrics)
@@ -281,7 +290,7 @@ def test_every_option_of_every_router_takes_two_steps():
     assert found >= set(kept_by_name.split())
 
 
-@pytest.mark.slow
+@pytest.mark.landing
 def test_parameters_split_over_data_in_bf16_take_two_steps():
     metrics, run = two_steps(SPLIT, 4, data=2, expert_node=2)
     assert all(np.isfinite(float(step["loss"])) for step in metrics)
