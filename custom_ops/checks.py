@@ -10,8 +10,8 @@ import difflib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NoReturn, ParamSpec, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _LONGEST = 80  # characters of a value in a message
+_MOST_BITS = 4096  # of an integer that is written out; Python refuses to write much larger ones
 _OF_KIND = {
     None: "",
     jnp.floating: " of floating-point numbers",
@@ -49,10 +50,17 @@ class BadArgument(ValueError):
 
 def shown(value: object) -> str:
     """A value as one short line; of an array its dtype and shape."""
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
+    if is_array(value):
         return f"{value.dtype}{list(value.shape)}"
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        return f"an integer of {value.bit_length()} bits"
     text = " ".join((value.__name__ if isinstance(value, type) else repr(value)).split())
     return text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
+
+
+def is_array(value: object) -> TypeGuard[jax.Array | np.ndarray]:
+    """Whether it is an array, or what jax takes as one: the type tells, for some objects have any attribute."""
+    return isinstance(value, (jax.Array, np.ndarray)) or hasattr(type(value), "__jax_array__")
 
 
 def require(condition: bool, argument: str, value: object, rule: str) -> None:
@@ -61,15 +69,19 @@ def require(condition: bool, argument: str, value: object, rule: str) -> None:
         raise BadArgument(argument, value, rule)
 
 
-def whole(low: int | None = None, high: int | None = None) -> Rule:
-    """An integer between two bounds, both allowed; None: no bound."""
-    bounds = [f"of at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
+def require_shape(argument: str, value: Any, shape: Sequence[int], what: str) -> None:
+    """Raise BadArgument unless the array has this shape; `what` says where it comes from."""
+    require(tuple(value.shape) == tuple(shape), argument, value, f"must be {list(shape)}, {what}")
+
+
+def whole(low: float = -math.inf, high: float = MAX_ELEMENTS - 1) -> Rule:
+    """An integer between two bounds, both allowed; without `high` at most what an int32 holds."""
+    bounds = [f"of at least {low}"] * math.isfinite(low) + [f"at most {high}"] * math.isfinite(high)
     text = " ".join(["must be an integer", " and ".join(bounds)]).strip()
 
     def rule(argument: str, value: Any) -> int:
         is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-        require(is_whole and (low is None or low <= value), argument, value, text)
-        require(high is None or value <= high, argument, value, text)
+        require(is_whole and low <= value <= high, argument, value, text)
         return int(value)
 
     return rule
@@ -85,7 +97,7 @@ def number(text: str, is_allowed: Callable[[float], bool]) -> Rule:
         except OverflowError:  # an integer beyond all floats
             is_number = False
         require(is_number and is_allowed(value), argument, value, f"must be {text}")
-        return value if isinstance(value, (int, float)) else value.item()
+        return float(value)  # an integer may be beyond those of jax
 
     return rule
 
@@ -135,12 +147,6 @@ def instance_of(kind: type, description: str) -> Rule:
     return rule
 
 
-def function(argument: str, value: Any) -> Any:
-    """Anything that can be called."""
-    require(callable(value), argument, value, "must be a function or a module that can be called")
-    return value
-
-
 def array(shape: str, kind: Any = None) -> Rule:
     """An array of fewer than 2**31 elements; no list, whose dtype nobody has chosen.
 
@@ -153,26 +159,13 @@ def array(shape: str, kind: Any = None) -> Rule:
     text = f"must be an array {shape}{_OF_KIND[kind]}"
 
     def rule(argument: str, value: Any) -> Any:
-        is_array = isinstance(value, (jax.Array, np.ndarray)) or hasattr(value, "__jax_array__")
-        require(is_array, argument, value, text)
+        require(is_array(value), argument, value, text)
         has_rank = value.ndim >= rank if dims[0] == "..." else value.ndim == rank
         require(has_rank and (kind is None or jnp.issubdtype(value.dtype, kind)), argument, value, text)
         require(value.size < MAX_ELEMENTS, argument, value, f"must have fewer than 2**31 elements {shape}")
         return value
 
     return rule
-
-
-def random_key(argument: str, value: Any) -> Any:
-    """A single key of `jax.random`, typed or of 32-bit words; also the variable of a stream of `nnx.Rngs`."""
-    value = value.get_value() if hasattr(value, "get_value") else value
-    is_key = isinstance(value, (jax.Array, np.ndarray)) and (
-        value.ndim == 0
-        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
-        else value.ndim == 1 and value.dtype == jnp.uint32
-    )
-    require(is_key, argument, value, "must be one random key, such as jax.random.key(0)")
-    return value
 
 
 def checked(rules: Mapping[str, Rule]) -> Callable[[Callable[P, R]], Callable[P, R]]:

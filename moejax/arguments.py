@@ -13,7 +13,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from custom_ops import arguments, checks
@@ -23,9 +25,7 @@ from custom_ops.checks import (
     array,
     flag,
     floating_dtype,
-    function,
     number,
-    random_key,
     whole,
 )
 from custom_ops.checks import one_of as one_of
@@ -55,14 +55,45 @@ def streams(argument: str, value: Any) -> nnx.Rngs:
     return value
 
 
-def experts_function(argument: str, value: Any) -> Any:
-    """Experts as a function or a module of three arguments."""
-    try:
-        inspect.signature(value).bind(None, None, None)
-    except TypeError:
-        rule = "must be a function or a module experts(x_TD, plan, weights_TK) -> y_TD"
-        raise BadArgument(argument, value, rule) from None
+def random_key(argument: str, value: Any) -> Any:
+    """A single key of `jax.random`, typed or of 32-bit words; also the variable of a stream of `nnx.Rngs`."""
+    value = value.get_value() if isinstance(value, nnx.Variable) else value
+    is_key = isinstance(value, (jax.Array, np.ndarray)) and (
+        value.ndim == 0
+        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+        else value.ndim == 1 and value.dtype == jnp.uint32
+    )
+    require(is_key, argument, value, "must be one random key, such as jax.random.key(0)")
     return value
+
+
+def takes(value: Any, count: int, *names: str) -> bool:
+    """Whether it can be called with so many arguments and those by name, as far as its signature tells.
+
+    Classes make objects and ufuncs take numbers one by one: neither is meant by any function here.
+    """
+    if not callable(value) or isinstance(value, (type, np.ufunc, jnp.ufunc)):
+        return False
+    try:
+        inspect.signature(value).bind(*[None] * count, **dict.fromkeys(names))
+    except TypeError:
+        return False
+    except ValueError:  # it has none
+        return True
+    return True
+
+
+def function(count: int, call: str) -> Rule:
+    """A function or a module that takes so many arguments; `call` shows them."""
+
+    def rule(argument: str, value: Any) -> Any:
+        require(takes(value, count), argument, value, f"must be a function or a module {call}")
+        return value
+
+    return rule
+
+
+experts_function = function(3, "experts(x_TD, plan, weights_TK) -> y_TD")
 
 
 def layer_numbers(argument: str, value: Any) -> tuple[int, ...]:
@@ -74,15 +105,25 @@ def layer_numbers(argument: str, value: Any) -> tuple[int, ...]:
     return tuple(COUNT(argument, number) for number in value)
 
 
-def mapping(argument: str, value: Any) -> Mapping[Any, Any]:
-    """Arguments by name, or something by number."""
-    require(isinstance(value, Mapping), argument, value, "must be a mapping, such as a dict")
+def by_name(argument: str, value: Any) -> Mapping[str, Any]:
+    """Arguments by name."""
+    is_named = isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
+    require(is_named, argument, value, "must be a mapping of arguments by name, such as dict(num_experts=8)")
     return value
 
 
+def by_layer(argument: str, value: Any) -> Mapping[int, Mapping[str, Any]]:
+    """Arguments by name, of layers by number."""
+    rule = "must be a mapping of arguments by number of the layer, such as {1: dict(num_experts=8)}"
+    require(isinstance(value, Mapping), argument, value, rule)
+    return {COUNT(argument, layer): by_name(f"{argument}[{layer}]", given) for layer, given in value.items()}
+
+
 def links(argument: str, value: Any) -> Mapping[str, Link]:
-    """Links by the mesh axis along which they are."""
-    is_links = isinstance(value, Mapping) and all(isinstance(link, Link) for link in value.values())
+    """Links by the mesh axis along which they are; `levels.check_links` knows the axes."""
+    is_links = isinstance(value, Mapping) and all(
+        isinstance(axis, str) and isinstance(link, Link) for axis, link in value.items()
+    )
     require(is_links, argument, value, "must be a moejax.cost.Link for each mesh axis by name")
     return value
 
@@ -102,7 +143,7 @@ RULES: dict[str, Rule] = arguments.RULES | {
     **dict.fromkeys(("iterations", "projection", "max_experts"), SIZE),
     **dict.fromkeys(("shadow", "shared_experts", "expert"), COUNT),
     "hash_seed": whole(0, 2**32 - 1),
-    "top_k": whole(),
+    "top_k": whole(high=math.inf),
     # Numbers
     **dict.fromkeys(("balance_weight", "z_weight", "importance_weight", "load_weight"), WEIGHT),
     **dict.fromkeys(("orthogonality_weight", "out_scale", "bias_rate"), WEIGHT),
@@ -135,8 +176,9 @@ RULES: dict[str, Rule] = arguments.RULES | {
     # The rest
     "rngs": streams,
     "dtype": floating_dtype,
-    "fn": function,
-    **dict.fromkeys(("moe", "moe_of_layer"), mapping),
+    "fn": function(2, "fn(rows_ND, group_sizes_E) -> rows_ND"),
+    "moe": by_name,
+    "moe_of_layer": by_layer,
     "links": links,
     "moe_layers": layer_numbers,
     **dict.fromkeys(("router", "experts", "axis"), anything),

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from custom_ops.checks import instance_of, require
+from custom_ops.checks import array, instance_of, require, require_shape
 from moejax.arguments import checked
 from moejax.layers import RMSNorm, init_matrix, rms_norm, rotate, rotation
 
@@ -31,6 +31,27 @@ class KVCache:
     k_BWGh: jax.Array
     v_BWGh: jax.Array
     position_W: jax.Array
+
+    def check(self, *layers: int, num_tokens: tuple[int, ...], heads: tuple[int, int]) -> None:
+        """Refuse fields of other sizes than so many `layers` (none: a single one) of such heads need.
+
+        Args:
+          num_tokens: B and S of what is to be appended.
+          heads: G and h.
+
+        Raises:
+          ValueError: names the field, as one of `cache`.
+        """
+        (B, S), before = num_tokens, "L, " * len(layers)
+        array(f"[{before}W]", jnp.integer)("cache.position_W", self.position_W)
+        W = self.position_W.shape[-1]
+        require_shape("cache.position_W", self.position_W, (*layers, W), "a window for each layer")
+        rule = f"must have slots for {S} positions at once"
+        require(S <= W, "cache.position_W", self.position_W, rule)
+        for name in ("k_BWGh", "v_BWGh"):
+            array(f"[{before}B, W, G, h]", jnp.floating)(f"cache.{name}", getattr(self, name))
+            what = "as Transformer.init_cache makes it for these sequences"
+            require_shape(f"cache.{name}", getattr(self, name), (*layers, B, W, *heads), what)
 
     def append(self, k_BSGh: jax.Array, v_BSGh: jax.Array, position_S: jax.Array) -> KVCache:
         """Store S <= W new positions over the oldest ones."""
@@ -81,6 +102,11 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(self.d_head, axis="hidden")
         self.k_norm = RMSNorm(self.d_head, axis="hidden")
 
+    @property
+    def kv_heads(self) -> tuple[int, int]:
+        """G and h: how many key/value heads there are, and their width."""
+        return self.w_k.shape[-1] // self.d_head, self.d_head
+
     @checked()
     def rotation(self, positions_BS: jax.Array) -> jax.Array:
         """[B, S, 2, h / 2]: what queries and keys are rotated by."""
@@ -107,10 +133,14 @@ class Attention(nnx.Module):
         d_model = self.w_q.shape[0]
         require(x_BSD.shape[2] == d_model, "x_BSD", x_BSD, f"must be [B, S, {d_model}]")
         for argument, value in (("segments_BS", segments_BS), ("positions_BS", positions_BS)):
-            fits = value is None or value.shape == x_BSD.shape[:2]
-            require(fits, argument, value, f"must be {list(x_BSD.shape[:2])}, one for each token of x_BSD")
+            if value is not None:
+                require_shape(argument, value, x_BSD.shape[:2], "one for each token of x_BSD")
+        if cache is not None:
+            cache.check(num_tokens=x_BSD.shape[:2], heads=self.kv_heads)
         if rotation_BS2f is None:
             rotation_BS2f = self.rotation(positions_BS)
+        turns = (*x_BSD.shape[:2], 2, self.d_head // 2)
+        require_shape("rotation_BS2f", rotation_BS2f, turns, "as rotation(positions_BS) returns it")
         weights = jnp.concatenate([self.w_q[...], self.w_k[...], self.w_v[...]], axis=1).astype(self.dtype)
         num_heads, num_kv = (w.shape[1] // self.d_head for w in (self.w_q, self.w_k))
         heads = (*x_BSD.shape[:2], num_heads + 2 * num_kv, self.d_head)

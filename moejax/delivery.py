@@ -20,7 +20,7 @@ from moejax.arguments import POSITIVE_OR_INFINITE, checked, experts_function
 from moejax.capacity import within_capacity
 from moejax.cost import Link
 from moejax.dispatch import ExpertsFn, dispatch
-from moejax.levels import EXCHANGES, REPEAT_FACTOR, Levels, default_factor, make_levels
+from moejax.levels import EXCHANGES, REPEAT_FACTOR, Levels, check_links, default_factor, make_levels
 from moejax.mesh import ambient_mesh
 from moejax.rounds import Pass, in_rounds
 from moejax.shadow import Shadow, serve_hot
@@ -142,6 +142,9 @@ def deliver(
     same = weights_TK.shape == ids_TK.shape
     require(same, "weights_TK", weights_TK, f"must have the shape of ids_TK, {list(ids_TK.shape)}")
     _check_axes(axes, token_axes)
+    check_links(links, axes)
+    if shadow is not None:
+        shadow.check(num_experts)
     own_tokens = x_TD.shape[0]
     if not own_tokens and varying_axes(x_TD):
         # Collectives do not take empty arrays, so one token goes nowhere.

@@ -13,8 +13,9 @@ from flax import nnx
 
 from custom_ops import DispatchPlan
 from custom_ops.checks import require
-from moejax.arguments import checked
+from moejax.arguments import checked, takes
 from moejax.mesh import expert_axes
+from moejax.own import check_axes
 
 
 class ExpertList(nnx.Module):
@@ -25,7 +26,8 @@ class ExpertList(nnx.Module):
     split over expert axes; over `data` they can be used as they are.
 
     Raises:
-      ValueError: there are not `num_experts` of them, or one occurs twice.
+      ValueError: there are not `num_experts` of them, one occurs twice, or a parameter's `axes` are not those of its
+        dimensions.
     """
 
     @checked()
@@ -37,12 +39,13 @@ class ExpertList(nnx.Module):
         require(is_list, "experts", experts, rule)
         for number, expert in enumerate(experts):
             rule = "must be a module that can be called, expert(x_TD) -> y_TD"
-            require(callable(expert) and not isinstance(expert, type), f"experts[{number}]", expert, rule)
+            require(takes(expert, 1), f"experts[{number}]", expert, rule)
         rule = f"must be num_experts ({num_experts}) modules, got {len(experts)}"
         require(len(experts) == num_experts, "experts", experts, rule)
         rule = "must be different modules; one that occurs twice would be one expert with two numbers"
         require(len({id(expert) for expert in experts}) == num_experts, "experts", experts, rule)
         self.experts = nnx.List(experts)
+        check_axes("experts", self.experts)
 
     def __call__(self, x_TD: jax.Array, plan: DispatchPlan, weights_TK: jax.Array) -> jax.Array:
         """Sum over a token's choices of weight * expert(x): [T, D].

@@ -22,7 +22,7 @@ from custom_ops import (
     permute,
     unpermute,
 )
-from custom_ops.checks import instance_of, one_of, require
+from custom_ops.checks import instance_of, one_of, require, require_shape
 from moejax.activations import ACTIVATIONS, Activation
 from moejax.arguments import checked
 from moejax.layers import init_matrix
@@ -87,6 +87,8 @@ class Experts(nnx.Module):
         """Sum over a token's choices of weight * expert(x): [T, D]."""
         D = self.w_in.shape[1]
         require(x_TD.shape[1] == D, "x_TD", x_TD, f"must be [T, {D}], as wide as the experts' d_model")
+        sizes_P = plan.group_sizes_P
+        require_shape("plan.group_sizes_P", sizes_P, self.w_in.shape[:1], "one for each of these experts")
         w_in_EDH = self.w_in[...].reshape(*self.w_in.shape[:2], -1).astype(self.dtype)
         w_out_EFD = self.w_out[...].astype(self.dtype)
         x_TD = x_TD.astype(self.dtype)

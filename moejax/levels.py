@@ -7,10 +7,10 @@ them, B rows of a bucket.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from custom_ops.checks import BadArgument
+from custom_ops.checks import BadArgument, one_of
 from custom_ops.target import target
 from moejax.cost import NETWORK, NVLINK, Link, cheapest_exchange, share_of_tokens
 from moejax.exchange import AllGather, AllToAll, Exchange
@@ -124,6 +124,12 @@ def check_experts(num_experts: int, sizes: Mapping[str, int]) -> None:
     if num_experts % size:
         names = " x ".join(repr(axis) for axis in sizes)
         raise BadArgument("num_experts", num_experts, f"must be a multiple of mesh axis {names} ({size})")
+
+
+def check_links(links: Mapping[str, Link] | None, axes: Sequence[str]) -> None:
+    """Raise ValueError for a link along what is neither one of `axes` nor of a layer's own expert axes."""
+    for axis in links or ():
+        one_of(tuple(dict.fromkeys((*EXPERT_AXES, *axes))))("links: mesh axis", axis)
 
 
 def _row_count(rows: float, *, at_most: int) -> int:

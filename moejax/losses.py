@@ -13,7 +13,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from custom_ops.checks import is_array, require
 from moejax.routing import Routing
 
 
@@ -33,6 +35,21 @@ class BatchLoad:
     counted_E: jax.Array
     tokens: jax.Array
     parts: jax.Array
+
+    def check(self, num_experts: int, *layers: int) -> None:
+        """Refuse fields of other sizes than a layer of so many experts has, or several of them: `layers`.
+
+        Raises:
+          ValueError: names the field, as one of `batch_load`.
+        """
+        shapes = {"counted_E": (*layers, num_experts), "tokens": layers, "parts": layers}
+        for name, shape in shapes.items():
+            value = getattr(self, name)
+            is_number = isinstance(value, (int, float, np.generic)) or is_array(value)
+            fits = (
+                is_number and np.shape(value) == shape and jnp.issubdtype(jnp.result_type(value), np.number)
+            )
+            require(fits, f"batch_load.{name}", value, f"must be numbers {list(shape)}")
 
 
 def _global_sum(x: jax.Array, axes: Sequence[str]) -> jax.Array:

@@ -78,15 +78,17 @@ def make_mesh(
       UserWarning: on GPUs, `expert` goes over several nodes. It works, but a token crosses the network more often.
 
     Raises:
-      ValueError: the axes do not use exactly the devices there are.
+      ValueError: the axes do not use exactly the devices there are; names the first that does not fit.
     """
     devices = jax.devices() if devices is None else devices
-    if data == -1:
-        data = max(len(devices) // (expert_node * expert * tensor), 1)
-    shape = (data, expert_node, expert, tensor)
-    if math.prod(shape) != len(devices):
-        sizes = " x ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape, strict=True))
-        raise ValueError(f"a mesh of {sizes} needs {math.prod(shape)} devices, got {len(devices)}")
+    inner, left = {"expert_node": expert_node, "expert": expert, "tensor": tensor}, len(devices)
+    for axis, size in inner.items():
+        rule = f"must divide {left}, the devices that the axes before it leave of {len(devices)}"
+        require(left % size == 0, axis, size, rule)
+        left //= size
+    rule = f"must be {left}, the devices that the other axes leave of {len(devices)}, or -1, which takes them"
+    require(data in (-1, left), "data", data, rule)
+    shape = (left, expert_node, expert, tensor)
     grid = np.asarray(devices).reshape(shape)
     if devices[0].platform == "gpu" and (nodes := most_nodes(grid)) > 1:
         warnings.warn(
@@ -133,13 +135,18 @@ def _splitting(axes: Sequence[str], mesh: AbstractMesh | Mesh) -> tuple[str, ...
     return tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1)
 
 
-def partition_spec(axes: Sequence[str], ndim: int, mesh: AbstractMesh | Mesh) -> P:
+def partition_spec(axes: Sequence[str | None], ndim: int, mesh: AbstractMesh | Mesh) -> P:
     """Which part of a parameter with these logical axes a device computes with.
 
     A parameter with more dimensions than names has been stacked: its leading dimensions are layers.
     """
     names = ("layers",) * (ndim - len(axes)) + tuple(axes)
-    return P(*(_splitting(LOGICAL_AXES[name], mesh) or None for name in names))
+    return P(*(_splitting(_mesh_axes(name), mesh) or None for name in names))
+
+
+def _mesh_axes(name: str | None) -> tuple[str, ...]:
+    """The mesh axes of a logical axis; None is one that is never split."""
+    return () if name is None else LOGICAL_AXES[name]
 
 
 def state_specs(state: Any, mesh: AbstractMesh | Mesh) -> Any:
@@ -155,7 +162,7 @@ def state_shardings(state: Any, mesh: Mesh, *, fsdp: bool = False) -> Any:
         gathered first, and its gradient is summed and split again (ZeRO stage 3).
     """
 
-    def sharding(axes: Sequence[str], shape: Sequence[int]) -> NamedSharding:
+    def sharding(axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
         spec = partition_spec(axes, len(shape), mesh)
         if fsdp and len(axes) > 1 and "embed" in axes:
             width = len(shape) - len(axes) + list(axes).index("embed")
@@ -166,7 +173,7 @@ def state_shardings(state: Any, mesh: Mesh, *, fsdp: bool = False) -> Any:
     return _map_parameters(sharding, state)
 
 
-def _map_parameters(function: Callable[[Sequence[str], Sequence[int]], Any], state: Any) -> Any:
+def _map_parameters(function: Callable[[Sequence[str | None], Sequence[int]], Any], state: Any) -> Any:
     """The state with `function(logical axes, shape)` in place of every parameter."""
 
     def of(variable: nnx.Variable) -> Any:
@@ -235,7 +242,7 @@ def _require_whole_parts(params: Any, mesh: AbstractMesh) -> None:
     for path, variable in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_variable):
         value, names = variable.get_value(), variable.get_metadata("axes", ())
         for dimension, name in enumerate(("layers",) * (value.ndim - len(names)) + tuple(names)):
-            axes = _splitting(LOGICAL_AXES[name], mesh)
+            axes = _splitting(_mesh_axes(name), mesh)
             parts = math.prod(mesh.shape[axis] for axis in axes)
             if value.shape[dimension] % parts:
                 parameter = jax.tree_util.keystr(path[-1:], simple=True)

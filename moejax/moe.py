@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from custom_ops.checks import BadArgument, instance_of, one_of, require
+from custom_ops.checks import BadArgument, instance_of, one_of, require, require_shape
 from custom_ops.target import target
 from moejax.activations import ACTIVATIONS
 from moejax.arguments import checked
@@ -25,7 +25,7 @@ from moejax.delivery import OVERFLOWS, Options, deliver
 from moejax.expert_list import ExpertList
 from moejax.experts import Experts
 from moejax.kept import RECEIVED, keeping
-from moejax.levels import EXCHANGES, check_experts
+from moejax.levels import EXCHANGES, check_experts, check_links
 from moejax.losses import (
     BatchLoad,
     balance_loss,
@@ -200,6 +200,7 @@ class MoE(nnx.Module):
         rngs: nnx.Rngs,
         **router_options: Any,
     ):
+        check_links(links, ())
         require(shadow <= num_experts, "shadow", shadow, f"must be at most num_experts ({num_experts})")
         if isinstance(router, str):
             refuse_unknown(router, router_options, MoE)
@@ -274,6 +275,8 @@ class MoE(nnx.Module):
           observe: fill `stats.choices`.
         """
         self._check_arguments(x, token_mask, token_ids)
+        if batch_load is not None:
+            batch_load.check(self.num_experts)
         check_experts(self.num_experts, {axis: ambient_mesh().shape[axis] for axis in expert_axes()})
         flat = lambda a: None if a is None else a.reshape(-1)  # noqa: E731
         graphdef, params = nnx.split((self.router, self.experts, self.shared))
@@ -313,8 +316,8 @@ class MoE(nnx.Module):
         require(x.shape[-1] == self.d_model, "x", x, rule)
         require_divisible("x", x, math.prod(x.shape[:-1]), "tokens")
         for argument, value in (("token_mask", token_mask), ("token_ids", token_ids)):
-            fits = value is None or value.shape == x.shape[:-1]
-            require(fits, argument, value, f"must be {list(x.shape[:-1])}, one for each token of x")
+            if value is not None:
+                require_shape(argument, value, x.shape[:-1], "one for each token of x")
         if self.balance_over == "sequence":
             require(x.ndim > 2, "x", x, "must be [B, S, D] under balance_over 'sequence', to have sequences")
             require_divisible("x", x, math.prod(x.shape[:-2]), "sequences")
@@ -325,6 +328,8 @@ class MoE(nnx.Module):
 
         A mean that forgets with `DEMAND_DECAY`.
         """
+        layers = load_E.shape[:-1] if self.demand_E is None else self.demand_E.shape[:-1]
+        require_shape("load_E", load_E, (*layers, self.num_experts), "choices of each of the layer's experts")
         if self.demand_E is not None:
             load_E = load_E.astype(jnp.float32)
             self.demand_E[...] = DEMAND_DECAY * self.demand_E[...] + (1 - DEMAND_DECAY) * load_E

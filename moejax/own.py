@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from custom_ops.checks import BadArgument, array, one_of, require
+from custom_ops.checks import BadArgument, array, one_of, require, shown
+from moejax.arguments import takes
 from moejax.mesh import LOGICAL_AXES
 from moejax.routing import ROUTERS, LinearRouter, router_options
 
@@ -35,8 +37,11 @@ def check_router(router: Any, d_model: int, num_experts: int) -> None:
     Raises:
       ValueError: names `router`.
     """
-    rule = f"must be one of {', '.join(ROUTERS)}, or a module router(x_TD, ...) -> Routing"
-    require(isinstance(router, nnx.Module) and callable(router), "router", router, rule)
+    call = "router(x_TD, token_mask_T=, token_ids_T=, key=) -> Routing"
+    rule = f"must be one of {', '.join(ROUTERS)}, or a module {call}"
+    is_router = isinstance(router, nnx.Module) and takes(router, 1, "token_mask_T", "token_ids_T", "key")
+    require(is_router, "router", router, rule)
+    check_axes("router", router)
     own = getattr(router, "num_experts", num_experts)
     rule = f"has num_experts = {own}, the layer has {num_experts}"
     require(own == num_experts, "router", type(router), rule)
@@ -46,25 +51,46 @@ def check_router(router: Any, d_model: int, num_experts: int) -> None:
 
 
 def check_own_experts(experts: Any, num_experts: int) -> None:
-    """Refuse experts that cannot be called, or parameters stacked over another number of experts.
+    """Refuse a module that does not take what experts do, or parameters stacked over another number of experts.
 
     Raises:
       ValueError: names `experts`.
     """
-    require(
-        callable(experts),
-        "experts",
-        type(experts),
-        "must be a module experts(x_TD, plan, weights_TK) -> y_TD",
-    )
-    for path, variable in nnx.to_flat_state(nnx.state(experts)):
+    rule = "must be a module experts(x_TD, plan, weights_TK) -> y_TD"
+    require(takes(experts, 3), "experts", type(experts), rule)
+    check_axes("experts", experts)
+    for path, variable in _variables("experts", experts):
         names = tuple(variable.get_metadata("axes", ()))
-        for name in names:
-            one_of(LOGICAL_AXES)(f"axes of experts.{'.'.join(map(str, path))}", name)
         if "experts" in names:
-            count = variable.shape[names.index("experts") - len(names)]
-            rule = f"{'.'.join(map(str, path))} is of {count} experts, num_experts is {num_experts}"
-            require(count == num_experts, "experts", type(experts), rule)
+            value = variable.get_value()
+            count = value.shape[names.index("experts") - len(names)]
+            rule = f"is of {count} experts, num_experts is {num_experts}"
+            require(count == num_experts, path, value, rule)
+
+
+def check_axes(argument: str, module: Any) -> None:
+    """Refuse a parameter whose `axes` are not the logical axes of its dimensions.
+
+    Raises:
+      ValueError: names the parameter, beginning with `argument`.
+    """
+    for path, variable in _variables(argument, module):
+        axes, value = variable.get_metadata("axes", ()), variable.get_value()
+        rule = "must be a tuple of each dimension's logical axis, None for one that is never split"
+        require(isinstance(axes, (tuple, list)), f"{path}.axes", axes, rule)
+        for name in axes:
+            if name is not None:
+                one_of(LOGICAL_AXES)(f"{path}.axes", name)
+        rule = f"must be at most one for each dimension of {shown(value)}"
+        require(len(axes) <= np.ndim(value), f"{path}.axes", axes, rule)
+
+
+def _variables(argument: str, module: Any) -> Iterator[tuple[str, nnx.Variable]]:
+    """The variables of a module with their paths, such as `experts[0].w`."""
+    for path, variable in nnx.to_flat_state(nnx.state(module)):
+        if isinstance(variable, nnx.Variable):
+            parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+            yield argument + "".join(parts), variable
 
 
 def refuse_unknown(router: str, options: Mapping[str, Any], layer: type) -> None:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from custom_ops import make_plan
+from custom_ops.checks import array, require_shape, whole
 from custom_ops.varying import vary_alike
 from moejax.dispatch import ExpertsFn
 from moejax.losses import expert_load
@@ -36,6 +37,17 @@ class Shadow:
     count: int
     copy: Callable[[jax.Array], ExpertsFn]
     demand_E: jax.Array | None = None
+
+    def check(self, num_experts: int) -> None:
+        """Refuse what does not fit so many experts.
+
+        Raises:
+          ValueError: names the field, as one of `shadow`.
+        """
+        whole(1, num_experts)("shadow.count", self.count)
+        if self.demand_E is not None:
+            array("[E]")("shadow.demand_E", self.demand_E)
+            require_shape("shadow.demand_E", self.demand_E, (num_experts,), "one for each expert")
 
 
 def serve_hot(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from custom_ops.checks import BadArgument, instance_of, one_of, require
+from custom_ops.checks import BadArgument, instance_of, one_of, require, require_shape
 from moejax.activations import ACTIVATIONS
 from moejax.arguments import checked
 from moejax.attention import Attention, KVCache
@@ -228,6 +228,13 @@ class Transformer(nnx.Module):
         context = self._context(tokens_BS, segments_BS, positions_BS)
         if self.experts_of_layers:
             require_divisible("tokens_BS", tokens_BS, tokens_BS.size, "tokens")
+        if cache is not None:
+            heads = self.blocks[0].attention.kv_heads
+            cache.check(self.num_layers, num_tokens=tokens_BS.shape, heads=heads)
+        if batch_load is not None:
+            rule = "must be None: there are no MoE layers"
+            require(bool(self.experts_of_layers), "batch_load", batch_load, rule)
+            batch_load.check(max(self.experts_of_layers), len(self.experts_of_layers))
         graphdef, stacked = nnx.split(self.blocks)
         keys_L = None if key is None else jax.random.split(key, self.num_layers)
 
@@ -295,8 +302,8 @@ class Transformer(nnx.Module):
         self, tokens_BS: jax.Array, segments_BS: jax.Array | None, positions_BS: jax.Array | None
     ) -> Context:
         for argument, value in (("segments_BS", segments_BS), ("positions_BS", positions_BS)):
-            fits = value is None or value.shape == tokens_BS.shape
-            require(fits, argument, value, f"must have the shape of tokens_BS, {list(tokens_BS.shape)}")
+            if value is not None:
+                require_shape(argument, value, tokens_BS.shape, "the shape of tokens_BS")
         if positions_BS is None:
             positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape)
         # Without the barrier XLA would take all cosines and sines again in every layer, forward and backward.
@@ -323,10 +330,8 @@ class Transformer(nnx.Module):
         """
         layers = [block.ffn for block in self.blocks if isinstance(block.ffn, MoE)]
         needed = (len(self.experts_of_layers), max(self.experts_of_layers, default=0))
-        require(
-            load_ME.shape == needed, "load_ME", load_ME, f"must be {list(needed)}, one for each MoE layer"
-        )
-        load_RME = load_ME.reshape(self._repetitions, len(layers), -1)
+        require_shape("load_ME", load_ME, needed, "one for each MoE layer")
+        load_RME = load_ME.reshape(self._repetitions, len(layers), needed[1])
         for index, layer in enumerate(layers):
             router = layer.router
             graphdef, state = nnx.split(router)
@@ -347,9 +352,14 @@ class Transformer(nnx.Module):
         """The [V, D] matrix that turns hidden states into logits."""
         return self.embedding if self.unembedding is None else self.unembedding
 
+    def _require_width(self, hidden_BSD: jax.Array) -> None:
+        shape = (*hidden_BSD.shape[:2], self.output_embedding.shape[-1])
+        require_shape("hidden_BSD", hidden_BSD, shape, "as wide as the model's d_model")
+
     @_checked
     def logits(self, hidden_BSD: jax.Array) -> jax.Array:
         """[B, S, D] -> [B, S, V] f32, whole in memory: for generation; training uses `loss`."""
+        self._require_width(hidden_BSD)
         weights = self.output_embedding[...].astype(self.dtype)
         return jnp.dot(hidden_BSD, weights.T, preferred_element_type=jnp.float32)
 
@@ -360,11 +370,8 @@ class Transformer(nnx.Module):
         Args:
           chunk: tokens per device whose logits are in memory at once.
         """
-
-        fits = targets_BS.shape == hidden_BSD.shape[:2]
-        require(
-            fits, "targets_BS", targets_BS, f"must be {list(hidden_BSD.shape[:2])}, as hidden_BSD has tokens"
-        )
+        self._require_width(hidden_BSD)
+        require_shape("targets_BS", targets_BS, hidden_BSD.shape[:2], "one for each token of hidden_BSD")
         require_divisible("hidden_BSD", hidden_BSD, hidden_BSD.shape[0], "sequences")
 
         def local(weights, _, hidden_BSD, targets_BS):
@@ -388,9 +395,7 @@ class Transformer(nnx.Module):
     @_checked
     def init_cache(self, batch_size: int, window: int) -> KVCache:
         """An empty cache of the last `window` positions, [L, B, W, G, h]."""
-        attention = self.blocks[0].attention
-        num_kv = attention.w_k.shape[-1] // attention.d_head
-        shape = (self.num_layers, batch_size, window, num_kv, attention.d_head)
+        shape = (self.num_layers, batch_size, window, *self.blocks[0].attention.kv_heads)
         k, v = (
             jnp.zeros(shape, self.dtype),
             jnp.zeros(shape, self.dtype),

@@ -56,7 +56,7 @@ class Cosine(Router):
         directions_TR = _unit(jnp.dot(x_TD.astype(jnp.float32), self.w_DR[...]), axis=1)
         cosine_TE = jnp.dot(directions_TR, _unit(self.points_RE[...], axis=0))
         logits_TE = cosine_TE * jnp.exp(jnp.minimum(self.log_scale[...], self._LARGEST))
-        valid_T = valid_tokens(x_TD, token_mask_T)
+        valid_T = valid_tokens(x_TD, token_mask_T, token_ids_T)
         ids_TK, weights_TK, scores_TE = softmax_top_k(logits_TE, self.top_k, normalize=self.normalize)
         return Routing(only_valid(ids_TK, valid_T), weights_TK, logits_TE, scores_TE, valid_T)
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from custom_ops.checks import require
+from custom_ops.checks import require_shape
 
 ROUTING_DECISION = "moejax_routing_decision"
 
@@ -43,11 +43,11 @@ class Routing:
     chance_TE: jax.Array | None = None
 
 
-def valid_tokens(x_TD: jax.Array, token_mask_T: jax.Array | None) -> jax.Array:
-    """The token mask, or all True."""
-    if token_mask_T is not None:
-        fits = token_mask_T.shape == x_TD.shape[:1]
-        require(fits, "token_mask_T", token_mask_T, f"must be [{x_TD.shape[0]}], one for each token")
+def valid_tokens(x_TD: jax.Array, token_mask_T: jax.Array | None, token_ids_T: jax.Array | None) -> jax.Array:
+    """The token mask, or all True; refuses a mask or ids of other tokens."""
+    for argument, value in (("token_mask_T", token_mask_T), ("token_ids_T", token_ids_T)):
+        if value is not None:
+            require_shape(argument, value, x_TD.shape[:1], "one for each token of x_TD")
     return jnp.ones(x_TD.shape[:1], bool) if token_mask_T is None else token_mask_T
 
 

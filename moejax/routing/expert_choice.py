@@ -61,7 +61,7 @@ class ExpertChoice(LinearRouter):
     def __call__(self, x_TD, *, token_mask_T=None, token_ids_T=None, key=None) -> Routing:
         """As `Router`; nothing is drawn."""
         logits_TE = self.logits(x_TD)
-        valid_T = valid_tokens(x_TD, token_mask_T)
+        valid_T = valid_tokens(x_TD, token_mask_T, token_ids_T)
         scores_TE = jax.nn.softmax(logits_TE, axis=-1)
         factor = self.eval_factor if key is None else self.capacity_factor
         share = factor * self.top_k / self.num_experts

@@ -59,7 +59,9 @@ class Hash(_Fixed):
         experts_E = jnp.arange(self.num_experts, dtype=jnp.uint32)
         pair_TE = token_ids_T.astype(jnp.uint32)[:, None] * jnp.uint32(self.num_experts) + experts_E[None, :]
         hash_TE = mix_bits(pair_TE ^ mix_bits(jnp.uint32(self.hash_seed)))
-        return self._route(jax.lax.top_k(hash_TE, self.top_k)[1], valid_tokens(x_TD, token_mask_T))
+        return self._route(
+            jax.lax.top_k(hash_TE, self.top_k)[1], valid_tokens(x_TD, token_mask_T, token_ids_T)
+        )
 
 
 class Random(_Fixed):
@@ -76,7 +78,9 @@ class Random(_Fixed):
         """As `Router`."""
         key = jax.random.key(0) if key is None else key
         bits_TE = draw(jax.random.bits, key, x_TD.shape[0], (self.num_experts,))
-        return self._route(jax.lax.top_k(bits_TE, self.top_k)[1], valid_tokens(x_TD, token_mask_T))
+        return self._route(
+            jax.lax.top_k(bits_TE, self.top_k)[1], valid_tokens(x_TD, token_mask_T, token_ids_T)
+        )
 
 
 class One(_Fixed):
@@ -108,7 +112,7 @@ class One(_Fixed):
         """As `Router`."""
         ids_K = (self.expert + jnp.arange(self.top_k, dtype=jnp.int32)) % self.num_experts
         ids_TK = jnp.broadcast_to(ids_K[None, :], (x_TD.shape[0], self.top_k))
-        return self._route(ids_TK, valid_tokens(x_TD, token_mask_T))
+        return self._route(ids_TK, valid_tokens(x_TD, token_mask_T, token_ids_T))
 
 
 def mix_bits(x: jax.Array) -> jax.Array:

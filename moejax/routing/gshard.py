@@ -55,7 +55,7 @@ class GShard(LinearRouter):
     def __call__(self, x_TD, *, token_mask_T=None, token_ids_T=None, key=None) -> Routing:
         """As `Router`."""
         logits_TE = self.logits(x_TD)
-        valid_T = valid_tokens(x_TD, token_mask_T)
+        valid_T = valid_tokens(x_TD, token_mask_T, token_ids_T)
         wanted_TK, weights_TK, scores_TE = softmax_top_k(logits_TE, 2)
         wanted_TK = only_valid(wanted_TK, valid_T)
         first_TK = jnp.stack([wanted_TK[:, 0], jnp.full_like(wanted_TK[:, 0], -1)], axis=1)

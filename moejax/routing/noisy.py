@@ -51,7 +51,7 @@ class NoisyTopK(LinearRouter):
     def __call__(self, x_TD, *, token_mask_T=None, token_ids_T=None, key=None) -> Routing:
         """As `Router`."""
         logits_TE = self.logits(x_TD)
-        valid_T = valid_tokens(x_TD, token_mask_T)
+        valid_T = valid_tokens(x_TD, token_mask_T, token_ids_T)
         noisy_TE, spread_TE, chance_TE = logits_TE, None, None
         if key is not None:
             spread_TE = jax.nn.softplus(jnp.dot(x_TD.astype(jnp.float32), self.w_noise_DE[...]))

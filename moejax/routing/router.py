@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from custom_ops.checks import BadArgument, require
+from custom_ops.checks import BadArgument, array, require, require_shape
 from moejax.arguments import checked
 from moejax.layers import init_matrix
 from moejax.routing.decision import Routing
@@ -56,9 +56,13 @@ class Router(nnx.Module):
         """Route, in f32 whatever the dtype of x."""
         raise NotImplementedError
 
-    @checked()
+    @checked(load_E=array("[E]"))
     def balance(self, load_E: jax.Array) -> None:
-        """Change the router's state after an optimizer step, given the choices per expert of the global batch."""
+        """Change the router's state after an optimizer step, given the choices per expert of the global batch.
+
+        This one refuses another number of experts, and changes nothing.
+        """
+        require_shape("load_E", load_E, (self.num_experts,), "choices of each of the router's experts")
 
 
 class LinearRouter(Router):

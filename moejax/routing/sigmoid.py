@@ -62,7 +62,7 @@ class Sigmoid(LinearRouter):
     def __call__(self, x_TD, *, token_mask_T=None, token_ids_T=None, key=None) -> Routing:
         """As `Router`; nothing is drawn."""
         logits_TE = self.logits(x_TD)
-        valid_T = valid_tokens(x_TD, token_mask_T)
+        valid_T = valid_tokens(x_TD, token_mask_T, token_ids_T)
         sigmoid_TE = jax.nn.sigmoid(logits_TE)
         ids_TK = top_k_ids(
             self.expert_groups.open_to(sigmoid_TE + self.selection_bias_E[...][None, :]), self.top_k
@@ -75,8 +75,8 @@ class Sigmoid(LinearRouter):
         )
         return Routing(ids_TK, weights_TK, logits_TE, jax.nn.softmax(log_sigmoid_TE, axis=-1), valid_T)
 
-    @checked()
     def balance(self, load_E: jax.Array) -> None:
         """bias += rate * sign(mean load - load)."""
+        super().balance(load_E)
         load_E = load_E.astype(jnp.float32)
         self.selection_bias_E[...] += self.bias_rate * jnp.sign(jnp.mean(load_E) - load_E)

@@ -58,7 +58,7 @@ class Sinkhorn(LinearRouter):
     def __call__(self, x_TD, *, token_mask_T=None, token_ids_T=None, key=None) -> Routing:
         """As `Router`; nothing is drawn."""
         logits_TE = self.logits(x_TD)
-        valid_T = valid_tokens(x_TD, token_mask_T)
+        valid_T = valid_tokens(x_TD, token_mask_T, token_ids_T)
         if key is None:
             ids_TK = top_k_ids(logits_TE, self.top_k)
         else:

@@ -53,7 +53,7 @@ class Switch(LinearRouter):
     @checked()
     def __call__(self, x_TD, *, token_mask_T=None, token_ids_T=None, key=None) -> Routing:
         """As `Router`."""
-        valid_T = valid_tokens(x_TD, token_mask_T)
+        valid_T = valid_tokens(x_TD, token_mask_T, token_ids_T)
         capacity_key = None
         if key is not None:
             jitter_key, capacity_key = jax.random.split(key)

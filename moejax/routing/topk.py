@@ -51,7 +51,7 @@ class TopK(LinearRouter):
     def __call__(self, x_TD, *, token_mask_T=None, token_ids_T=None, key=None) -> Routing:
         """As `Router`; nothing is drawn."""
         logits_TE = self.logits(x_TD)
-        valid_T = valid_tokens(x_TD, token_mask_T)
+        valid_T = valid_tokens(x_TD, token_mask_T, token_ids_T)
         ids_TK = top_k_ids(self.expert_groups.open_to(logits_TE), self.top_k)
         scores_TE = jax.nn.softmax(logits_TE, axis=-1)
         weights_TK = self.scale * combine_weights(logits_TE, scores_TE, ids_TK, self.normalize)

@@ -19,6 +19,7 @@ from custom_ops.checks import shown
 from moejax import functional
 from moejax.cost import Link
 from moejax.routing import ROUTERS, router_options
+from tests.moejax import wrong_sizes
 
 B, S, T, D, F, E, K, V, M = 2, 4, 8, 8, 8, 4, 2, 11, 1
 X_TD, W_EDF = jnp.ones((T, D)), jnp.ones((E, D, F))
@@ -38,7 +39,7 @@ SIZES = dict(d_model=D, num_experts=E)
 
 
 def make_moe():
-    return moejax.MoE(D, F, E, rngs=rngs())
+    return moejax.MoE(D, F, E, keep_demand=True, rngs=rngs())
 
 
 def make_transformer():
@@ -134,8 +135,8 @@ RECORDS = {
     *("DispatchPlan", "Account", "GROUPED_PRODUCT", "ROUTERS", "functional", "TopK"),
 }
 
-NOT_WHOLE = ["3", 2.0, True, math.nan, [2], 2.5]
-NOT_A_NUMBER = ["0.1", True, math.nan, [0.1], jnp.ones(2), -1, -math.inf, 10**400]
+NOT_WHOLE = ["3", 2.0, True, math.nan, [2], 2.5, 10**400, -(10**400), 10**5000]
+NOT_A_NUMBER = ["0.1", True, math.nan, [0.1], jnp.ones(2), -1, -math.inf, 10**400, 10**5000]
 SIZE, COUNT = [*NOT_WHOLE, 0, -1], [*NOT_WHOLE, -1]
 WEIGHT, POSITIVE = [*NOT_A_NUMBER, math.inf], [*NOT_A_NUMBER, math.inf, 0, 0.0]
 FLAG, NAME = [1, 0.0, "yes", [True]], ["nope", "", 3, True, ["none"]]
@@ -145,7 +146,7 @@ MODULE = [3, jax.nn.relu, ["topk"], moejax.TopK]
 
 
 def not_array(rank, wrong_dtype):
-    bad = [[1.0, 2.0], 3, "x", jnp.ones((1,) * (rank + 1), jnp.float32).astype(wrong_dtype)]
+    bad = [[1.0, 2.0], 3, "x", rngs(), jnp.ones((1,) * (rank + 1), jnp.float32).astype(wrong_dtype)]
     return [*bad, np.ones((2,) * (rank + 1)), np.ones((2,) * rank, wrong_dtype)]
 
 
@@ -157,12 +158,17 @@ def integers(rank):
     return not_array(rank, np.float32)
 
 
-ANY_RANK = [[1.0], 3, "x", {"a": jnp.ones(D)}]
+NOT_EXPERTS = [3, "relu", None, type, np.add, jnp.add, lambda x_TD: x_TD, lambda x_TD, *_: x_TD[:, :3]]
+HIDDEN = [*floats(3), jnp.ones((B, S, 1)), jnp.ones((B, S, D + 1))]
+OF_TOKENS = [*integers(2), TOKENS_BS[:, :1], TOKENS_BS[:1], jnp.zeros((B, S + 1), jnp.int32)]
+HEADS = dict(B=B, S=S, G=2, h=D // 2)
+ANY_RANK = [[1.0], 3, "x", rngs(), {"a": jnp.ones(D)}]
+LOADS_E = [*ANY_RANK, jnp.float32(1), jnp.ones(1), jnp.ones(2), jnp.ones(E + 1)]
 BAD = {
     **dict.fromkeys(("d_model", "d_hidden", "width", "num_experts", "vocab_size", "num_layers"), SIZE),
     **dict.fromkeys(("num_heads", "num_kv_heads", "chunks", "chunk", "batch_size", "window"), SIZE),
     **dict.fromkeys(("groups", "expert_groups", "limit_groups", "nodes", "tile", "iterations"), SIZE),
-    **dict.fromkeys(("num_destinations", "bucket_rows", "projection", "max_experts", "top_k"), SIZE),
+    **dict.fromkeys(("num_destinations", "bucket_rows", "projection", "max_experts", "top_k", "shared_hidden"), SIZE),
     **dict.fromkeys(("shadow", "shared_experts", "expert", "hash_seed"), COUNT),
     **dict.fromkeys(("balance_weight", "z_weight", "importance_weight", "load_weight"), WEIGHT),
     **dict.fromkeys(("orthogonality_weight", "out_scale", "bias_rate"), WEIGHT),
@@ -171,7 +177,7 @@ BAD = {
     "jitter": [*WEIGHT, 1.5],
     "off_node_share": [*WEIGHT, 1.5],
     **dict.fromkeys(("expert_bias", "keep_demand", "normalize", "router_bias", "random_second"), FLAG),
-    **dict.fromkeys(("tie_embeddings", "observe", "bias", "unique"), FLAG),
+    **dict.fromkeys(("tie_embeddings", "observe", "bias", "unique", "shared_gate"), FLAG),
     **dict.fromkeys(("exchange", "overflow", "wire", "received", "balance_over", "drop_by", "rounding"), NAME),
     **dict.fromkeys(("activation", "remat", "implementation", "name"), NAME),
     "axis": ["nope", "", 3, True, ["none"]],
@@ -181,45 +187,60 @@ BAD = {
     "devices": [3, "gpu", [], [0, 1], True],
     "rngs": [0, KEY, "0", {"params": 0}, nnx.Rngs(dropout=1)],
     "dtype": DTYPE,
-    "key": [0, 1.5, "key", jnp.ones(2), jax.random.split(KEY), [0, 1]],
-    "fn": [3, "relu", jnp.ones(2)],
-    "links": [3, "fast", [Link], {"expert": 3}],
-    "moe": [3, "moe", [MOE], {"d_hidden": F}, {"num_experts": E}, MOE | {"dtype": jnp.float32}],
-    "moe_of_layer": [3, "moe", [MOE], {0: MOE}, {1: {"d_hidden": F}}],
+    "key": [0, 1.5, "key", jnp.ones(2), jax.random.split(KEY), [0, 1], rngs()],
+    "fn": [3, "relu", jnp.ones(2), type, np.add, jnp.add, lambda rows_ND: rows_ND],
+    "links": [3, "fast", [Link], *wrong_sizes.links()],
+    "moe": [3, "moe", [MOE], {1: 3}, {"d_hidden": F}, {"num_experts": E}, MOE | {"dtype": jnp.float32},
+            MOE | {1: 2}],
+    "moe_of_layer": [3, "moe", [MOE], {0: MOE}, {1: {"d_hidden": F}}, {1: 3}, {1: {1: 3}}, {"1": MOE}, {1: None}],
     "moe_layers": [1, "all", (2,), (-1,), (True,), (1.0,), {"1": 1}],
     **dict.fromkeys(("axes", "token_axes"), AXES),
-    "shadow of deliver": [1, "auto", True],
+    "shadow of deliver": [1, "auto", True, *wrong_sizes.shadows(E)],
     "plan": [None, (1, 2), PLAN.position_TK],
-    "cache": [3, {}, (X_BSD, X_BSD)],
-    "batch_load": [3, {}, jnp.ones(E)],
+    "cache": [3, {}, (X_BSD, X_BSD), *wrong_sizes.caches(**HEADS)],
+    "batch_load": [3, {}, jnp.ones(E), *wrong_sizes.batch_loads(E)],
     # Arrays
     "x_TD": [*floats(2), jnp.ones((T, D + 1))],
-    **dict.fromkeys(("logits_TE", "weights_TK", "rows_ND", "dout_NF", "hidden_N2F", "da_NF"), floats(2)),
+    **dict.fromkeys(("logits_TE", "rows_ND"), floats(2)),
+    "weights_TK": [*floats(2), jnp.ones((T, 1)), jnp.ones((1, K)), jnp.ones((T, K + 1))],
+    "dout_NF": [*floats(2), jnp.ones((T * K + 1, D + 1))],
+    "hidden_N2F": [*floats(2), jnp.ones((T * K, 7))],
+    "da_NF": [*floats(2), jnp.ones((T * K, 1)), jnp.ones((1, D // 2))],
     "w_EDF": floats(3),
-    "weight_N": floats(1),
-    **dict.fromkeys(("ids_TK", "dest_TK"), integers(2)),
-    "group_sizes_E": integers(1),
-    **dict.fromkeys(("load_E", "load_ME"), ANY_RANK),
+    "weight_N": [*floats(1), jnp.ones(1), jnp.ones(T * K + 1)],
+    "dest_TK": [*integers(2), jnp.zeros((T, 0), jnp.int32)],
+    "ids_TK": [*integers(2), IDS_TK[:1], jnp.zeros((T + 1, K), jnp.int32)],
+    "group_sizes_E": [*integers(1), jnp.ones(1, jnp.int32), jnp.ones(E + 1, jnp.int32)],
+    "load_E": [*LOADS_E, jnp.ones((3, E))],
+    "load_ME": [*LOADS_E, jnp.ones(E), jnp.ones((M, 1)), jnp.ones((M + 1, E))],
     "x": [*ANY_RANK, jnp.ones((T, D), jnp.int32), jnp.ones((T, D + 1)), jnp.float32(1)],
-    **dict.fromkeys(("x_BSD", "hidden_BSD"), floats(3)),
-    **dict.fromkeys(("tokens_BS", "segments_BS", "positions_BS", "targets_BS"), integers(2)),
-    "rotation_BS2f": floats(4),
+    **dict.fromkeys(("x_BSD", "hidden_BSD"), HIDDEN),
+    "tokens_BS": integers(2),
+    **dict.fromkeys(("segments_BS", "positions_BS", "targets_BS"), OF_TOKENS),
+    "rotation_BS2f": [*floats(4), jnp.ones((B, S, 2, 1)), jnp.ones((B, 1, 2, 2)), jnp.ones((1, S, 2, 2))],
     "token_mask": [[True], 1, jnp.ones((B, S)), jnp.ones((B, S + 1), bool)],
     "token_ids": [[1], 1, jnp.ones((B, S)), jnp.ones((B, S + 1), jnp.int32)],
     "token_mask_T": [[True] * T, 1, jnp.ones(T), jnp.ones(T + 1, bool)],
-    "token_ids_T": [[1] * T, 1, jnp.ones(T), jnp.ones((T, 1), jnp.int32)],
+    "token_ids_T": [[1] * T, 1, jnp.ones(T), jnp.ones((T, 1), jnp.int32), jnp.zeros(1, jnp.int32),
+                    jnp.zeros(T + 1, jnp.int32)],
 }  # fmt: skip
 # Where a name means something else, or more is allowed.
 BAD |= {
-    "experts of moe": [3, "relu", None, lambda x_TD: x_TD],
-    "experts of deliver": [3, "relu", None, lambda x_TD, *_: x_TD[:, :3]],
+    **dict.fromkeys(("experts of moe", "experts of deliver"), NOT_EXPERTS),
+    "plan of Experts.__call__": [None, (1, 2), PLAN.position_TK, custom_ops.make_plan(IDS_TK, E + 1)],
+    "batch_load of Transformer.__call__": [3, {}, jnp.ones((M, E)), *wrong_sizes.batch_loads(E, M)],
+    "cache of Transformer.__call__": [3, {}, *wrong_sizes.caches(MODEL["num_layers"], **HEADS)],
+    "positions_BS of Attention.rotation": integers(2),
+    "group_sizes_E of grouped_matmul_drhs": integers(1),
+    "rows_ND of grouped_matmul": [*floats(2), jnp.ones((T * K, D + 1))],
+    "rows_ND of unpermute": [*floats(2), jnp.ones((1, D)), jnp.ones((T * K + 1, D))],
     "capacity_factor of moe": [*NOT_A_NUMBER, 0],
     "capacity_factor of deliver": [*NOT_A_NUMBER, 0],
     "x_TD of permute": [[1.0, 2.0], 3, "x", jnp.ones(T), jnp.ones((T + 1, D))],
     **dict.fromkeys(("x_TD of moe", "x_TD of deliver"), floats(2)),
     "axis of RMSNorm": NAME,
-    **{f"{axis} of make_mesh": SIZE for axis in ("expert_node", "expert", "tensor")},
-    "data of make_mesh": [*NOT_WHOLE, 0, -2],
+    **{f"{axis} of make_mesh": [*SIZE, 3, 16] for axis in ("expert_node", "expert", "tensor")},
+    "data of make_mesh": [*NOT_WHOLE, 0, -2, 1, 3],
     "devices of router swipe": SIZE,
     **{f"x_TD of router {name}.__call__": floats(2) for name in ("hash", "random", "one")},
 }
@@ -229,7 +250,8 @@ CALLED = {"name of make_router": "router"}
 
 def parameters_of(call):
     """The arguments that can be given by name, and whether None is allowed for each."""
-    signature = inspect.signature(call)
+    # A module's metaclass hides the arguments of its `__init__`.
+    signature = inspect.signature(call.__init__ if isinstance(call, type) else call)
     kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     named = {n: p for n, p in signature.parameters.items() if p.kind not in kinds and n != "self"}
     return {name: p.default is None or "None" in str(p.annotation) for name, p in named.items()}
@@ -238,7 +260,9 @@ def parameters_of(call):
 @pytest.mark.parametrize("name", CALLS)
 def test_every_argument_is_refused_by_name(name):
     call, right = CALLS[name]
-    for argument, may_be_none in parameters_of(call).items():
+    arguments = parameters_of(call)
+    assert arguments, "a case without arguments checks nothing"
+    for argument, may_be_none in arguments.items():
         values = BAD.get(f"{argument} of {name}", BAD.get(argument))
         assert values, f"{name}: no bad values for its argument {argument}"
         for value in [*values, *([] if may_be_none else [None])]:
@@ -250,7 +274,9 @@ def test_every_argument_is_refused_by_name(name):
             else:
                 pytest.fail(f"{name}: {argument} = {shown(value)} is taken")
             assert message.startswith(called) and " = " in message and "\n" not in message, message
-            of_whole = {"experts", "router", "moe_layers", "token_axes"}  # a part or the type may be named
+            # A part or the type may be named.
+            of_whole = {"experts", "router", "moe_layers", "token_axes", "moe_of_layer", "links"}
+            of_whole |= {"batch_load", "cache", "shadow", "plan"}
             assert shown(value) in message or argument in of_whole, message
 
 
@@ -264,6 +290,72 @@ def test_right_arguments_are_taken():
             call(**given)
 
         jax.eval_shape(run)
+
+
+LINKS = {"expert": Link(1.0, 1.0, 1.0), "expert_node": Link(1.0, 1.0, 1.0)}
+LARGE = 10_000_000_000  # beyond int32
+
+
+@pytest.mark.parametrize(
+    ("name", "right"),
+    [
+        ("MoE.__call__", lambda: dict(key=rngs().params.key, batch_load=wrong_sizes.batch_load(E))),
+        ("MoE.__call__", lambda: dict(batch_load=moejax.BatchLoad(jnp.ones(E), 8, 2.0))),
+        ("MoE", lambda: dict(links=LINKS, router=moejax.TopK(D, E, rngs=rngs()))),
+        ("deliver", lambda: dict(links=LINKS)),
+        ("Transformer", lambda: dict(moe_of_layer={np.int32(1): MOE})),
+        ("Transformer.__call__", lambda: dict(key=rngs().params.key, batch_load=wrong_sizes.batch_load(E, M))),
+        ("Transformer.__call__", lambda: dict(cache=make_transformer().init_cache(B, S + 1))),
+        ("Attention", lambda: dict(rope_theta=LARGE)),
+        ("router hash", lambda: dict(hash_seed=2**32 - 1)),
+        ("make_mesh", lambda: dict(data=1, expert=2, tensor=2, devices=jax.devices()[:4])),
+        ("on_rows", lambda: dict(fn=lambda *_: None)),
+    ],
+)  # fmt: skip
+def test_unusual_arguments_are_taken(name, right):
+    call, usual = CALLS[name]
+
+    def run():
+        own = {"rngs": rngs()} if "rngs" in usual else {}  # of this trace
+        call(**usual | own | right())
+
+    jax.eval_shape(run)
+
+
+def test_a_model_without_moe_layers_takes_no_batch_load():
+    dense = of(
+        lambda: moejax.Transformer(**MODEL | dict(moe_layers=()), rngs=rngs()), moejax.Transformer.__call__
+    )
+    with pytest.raises(
+        ValueError, match=r"^batch_load = BatchLoad\(.*: must be None: there are no MoE layers"
+    ):
+        dense(TOKENS_BS, batch_load=wrong_sizes.batch_load(E, M))
+
+
+def test_layers_that_follow_no_demand_take_a_load_of_several():
+    follow = of(lambda: moejax.MoE(D, F, E, rngs=rngs()), moejax.MoE.follow)
+    follow(jnp.ones((3, E)))
+    with pytest.raises(ValueError, match=r"^load_E = float32\[3, 1\]: must be \[3, 4\], choices of each"):
+        follow(jnp.ones((3, 1)))
+
+
+def test_a_mesh_that_does_not_fit_names_the_axis_and_what_is_left():
+    for sizes, message in (
+        (dict(expert=3), r"^expert = 3: must divide 4, the devices that the axes before it leave of 4$"),
+        (
+            dict(expert=2, tensor=4),
+            r"^tensor = 4: must divide 2, the devices that the axes before it leave of 4$",
+        ),
+        (dict(data=1, expert=2), r"^data = 1: must be 2, the devices that the other axes leave of 4, or -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            moejax.make_mesh(**sizes, devices=jax.devices()[:4])
+
+
+def test_a_large_rope_theta_rotates():
+    attention = moejax.Attention(D, 2, rope_theta=LARGE, rngs=rngs())
+    turns = attention.rotation(TOKENS_BS + 1)
+    np.testing.assert_allclose(turns[..., 0, 1], np.cos(LARGE**-0.5), rtol=1e-6)
 
 
 def test_nothing_public_is_left_out():

@@ -1,5 +1,7 @@
 """Experts of one's own: modules of one shape, lists of different ones, states that are no floats."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -122,6 +124,74 @@ def test_what_a_list_of_experts_cannot_do_is_said():
     short = make_layer(2, experts=[lambda x_TD: x_TD[:, :3] for _ in range(E)])
     with pytest.raises(ValueError, match=r"experts\[0\] returned shape .*: must be that of its input"):
         short(x)
+
+
+def with_axes(argument, axes):
+    """A layer whose own `argument` has a parameter [E, D, 3] of these axes."""
+    parameter = nnx.Param(jnp.ones((E, D, 3)), axes=axes)
+    if argument == "router":
+        own = moejax.TopK(D, E, rngs=nnx.Rngs(0))
+        own.extra = parameter
+    elif argument == "experts":
+        own = Identity()
+        own.extra = parameter
+    else:
+        own = [moejax.FeedForward(D, 8, rngs=nnx.Rngs(0)) for _ in range(E)]
+        own[2].extra = parameter
+    return moejax.MoE(D, 8, E, rngs=nnx.Rngs(1), **{argument.partition("[")[0]: own})
+
+
+OWN = ("router", "experts", "experts[2]")
+
+
+@pytest.mark.parametrize("argument", OWN)
+@pytest.mark.parametrize(
+    ("axes", "shown", "rule"),
+    [
+        (("foo",), "'foo'", "must be one of layers, .*"),
+        (("embed", "expert"), "'expert'", "must be one of .*; the nearest is experts"),
+        ((None, 3), "3", "must be one of layers, .*"),
+        (None, "None", "must be a tuple of .*"),
+        ("embed", "'embed'", "must be a tuple of .*"),
+        ((None, "embed", None, None), "(None, 'embed', None, None)", "must be at most one for each dimension of .*"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_axes_that_are_none_are_refused_when_the_layer_is_built(argument, axes, shown, rule):
+    with pytest.raises(ValueError, match=rf"^{re.escape(f'{argument}.extra.axes = {shown}')}: {rule}$"):
+        with_axes(argument, axes)
+
+
+@pytest.mark.parametrize("argument", OWN)
+def test_a_dimension_that_is_never_split_is_none(argument):
+    x, _ = draw()
+    layer = with_axes(argument, (None, "embed", None))
+    expected, _ = layer(x)
+    with jax.set_mesh(moejax.make_mesh(tensor=2, devices=jax.devices()[:2])):
+        y, _ = jax.jit(lambda layer, x: layer(x))(layer, x)
+    tolerance.assert_close(y, expected, tolerance.F32, "y")
+    specs = moejax.mesh.state_specs(nnx.state(layer), moejax.make_mesh(tensor=8))
+    extra = [spec for path, spec in nnx.to_flat_state(specs) if path[-1] == "extra"]
+    assert [tuple(spec.get_value()) for spec in extra] == [(None, None, None)]
+
+
+class OfAnotherCall(nnx.Module):
+    def __call__(self):
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("router", r"^router = OfAnotherCall.*: must be one of topk, .*, or a module router\(x_TD, token_mask_T="),
+        ("experts", r"^experts = OfAnotherCall: must be a module experts\(x_TD, plan, weights_TK\) -> y_TD$"),
+        ("experts[0]", r"^experts\[0\] = OfAnotherCall.*: must be a module .* expert\(x_TD\) -> y_TD$"),
+    ],
+)  # fmt: skip
+def test_modules_of_another_call_are_refused(argument, message):
+    own = [OfAnotherCall()] * E if argument == "experts[0]" else OfAnotherCall()
+    with pytest.raises(ValueError, match=message):
+        make_layer(None, **{argument.partition("[")[0]: own})
 
 
 def test_nested_inputs_are_refused_with_the_cure():
