@@ -3,21 +3,25 @@
 Letters as in the ops: T tokens, K choices per token, N rows, D and F widths, E groups.
 """
 
+from functools import partial
+
 import jax.numpy as jnp
 
 from custom_ops.checks import Rule, array, flag, floating_dtype, whole
 
+local = partial(array, of_one_device=True)
+
 RULES: dict[str, Rule] = {
-    "x_TD": array("[T, D]"),
-    "dest_TK": array("[T, K]", jnp.integer),
-    "weights_TK": array("[T, K]", jnp.floating),
-    "rows_ND": array("[N, D]", jnp.floating),
-    "dout_NF": array("[N, F]", jnp.floating),
-    "w_EDF": array("[E, D, F]", jnp.floating),
-    "group_sizes_E": array("[E]", jnp.integer),
-    "hidden_N2F": array("[N, 2F]", jnp.floating),
-    "da_NF": array("[N, F]", jnp.floating),
-    "weight_N": array("[N]", jnp.floating),
+    "x_TD": local("[T, D]"),
+    "dest_TK": local("[T, K]", jnp.integer),
+    "weights_TK": local("[T, K]", jnp.floating),
+    "rows_ND": local("[N, D]", jnp.floating),
+    "dout_NF": local("[N, F]", jnp.floating),
+    "w_EDF": local("[E, D, F]", jnp.floating),
+    "group_sizes_E": local("[E]", jnp.integer),
+    "hidden_N2F": local("[N, 2F]", jnp.floating),
+    "da_NF": local("[N, F]", jnp.floating),
+    "weight_N": local("[N]", jnp.floating),
     "num_destinations": whole(1),
     "bucket_rows": whole(1),
     "unique": flag,

@@ -147,12 +147,14 @@ def instance_of(kind: type, description: str) -> Rule:
     return rule
 
 
-def array(shape: str, kind: Any = None) -> Rule:
-    """An array of fewer than 2**31 elements; no list, whose dtype nobody has chosen.
+def array(shape: str, kind: Any = None, *, of_one_device: bool = False) -> Rule:
+    """An array; no list, whose dtype nobody has chosen.
 
     Args:
       shape: one letter per dimension, such as "[T, D]", or "[..., D]" for any number of leading ones.
       kind: `jnp.floating`, `jnp.integer` or `jnp.bool_`; None: any.
+      of_one_device: what an op gets, whose offsets are i32: it must have fewer than 2**31 elements. Arrays that are
+        split over devices may have more.
     """
     dims = shape.strip("[]").split(", ")
     rank = len(dims) - (dims[0] == "...")
@@ -162,7 +164,8 @@ def array(shape: str, kind: Any = None) -> Rule:
         require(is_array(value), argument, value, text)
         has_rank = value.ndim >= rank if dims[0] == "..." else value.ndim == rank
         require(has_rank and (kind is None or jnp.issubdtype(value.dtype, kind)), argument, value, text)
-        require(value.size < MAX_ELEMENTS, argument, value, f"must have fewer than 2**31 elements {shape}")
+        fits = not of_one_device or value.size < MAX_ELEMENTS
+        require(fits, argument, value, f"must have fewer than 2**31 elements {shape}")
         return value
 
     return rule

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from custom_ops import native
-from custom_ops.arguments import RULES
-from custom_ops.checks import array, checked, instance_of, require
+from custom_ops.arguments import RULES, local
+from custom_ops.checks import checked, instance_of, require
 from custom_ops.dtypes import is_whole_bytes, wide
 from custom_ops.plan import DispatchPlan
 from custom_ops.varying import vary_alike, vary_like
@@ -64,8 +64,8 @@ def unpermute(rows_ND: jax.Array, plan: DispatchPlan, weights_TK: jax.Array | No
 
 
 def _require_plan(plan: DispatchPlan) -> None:
-    array("[T, K]", jnp.integer)("plan.position_TK", plan.position_TK)
-    array("[N]", jnp.integer)("plan.choice_N", plan.choice_N)
+    local("[T, K]", jnp.integer)("plan.position_TK", plan.position_TK)
+    local("[N]", jnp.integer)("plan.choice_N", plan.choice_N)
     K = plan.position_TK.shape[1]
     require(
         plan.num_choices == K, "plan.num_choices", plan.num_choices, f"must be {K} as in plan.position_TK"

@@ -114,6 +114,6 @@ def refuse_unknown(router: str, options: Mapping[str, Any], layer: type) -> None
                 rule += (
                     f"; {', '.join(others)} has it" if len(others) == 1 else f"; {', '.join(others)} have it"
                 )
-            if near := difflib.get_close_matches(option, [*known, *own], n=1):
+            if near := difflib.get_close_matches(option, [*known, *own], n=1, cutoff=0.5):
                 rule += f"; the nearest argument of the layer is {near[0]}"
             raise BadArgument(option, value, rule)

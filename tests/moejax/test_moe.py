@@ -365,3 +365,15 @@ def test_a_mesh_of_explicit_axes_is_refused_with_the_cure():
         pytest.raises(ValueError, match=r"are Explicit: make the mesh by moejax\.make_mesh"),
     ):
         make_layer(2)(draw()[0])
+
+
+def test_a_batch_may_have_more_elements_than_one_device_could_hold():
+    layer = nnx.eval_shape(lambda: moejax.MoE(2**12, 8, 8, buffer_factor=1.0, rngs=nnx.Rngs(0)))
+    x = jax.ShapeDtypeStruct((2**19, 2**12), jnp.float32)
+    with jax.set_mesh(moejax.make_mesh(expert=8)):
+        y, _ = nnx.eval_shape(lambda layer, x: layer(x), layer, x)
+    assert y.shape == x.shape
+    with pytest.raises(
+        ValueError, match=r"x_TD = float32\[524288, 4096\]: must have fewer than 2\*\*31 elements"
+    ):
+        nnx.eval_shape(lambda layer, x: layer(x), layer, x)
