@@ -27,6 +27,9 @@ EVALUATION = "eval/loss"
 
 FILE_NAME = "metrics.jsonl"
 
+SHORTER = ".cut"
+"""Ending of the file that takes its place when lines are cut from it."""
+
 LAYERS = "moe/layers/"
 """What begins so has one entry per MoE layer, or per layer and expert."""
 
@@ -68,7 +71,7 @@ class Metrics:
         self._file.close()
         lines = self.path.read_bytes().splitlines(keepends=True)
         kept = [line for line in lines if _is_up_to(line, step, evaluated)]
-        shorter = self.path.with_name(self.path.name + ".cut")
+        shorter = self.path.with_name(self.path.name + SHORTER)
         with shorter.open("wb") as file:
             file.writelines(kept)
             file.flush()
