@@ -34,8 +34,10 @@ from train import clock, processes
 from train import leaves as lv
 from train.checkpoint_files import RECORD, checkpoint_steps, read_record
 from train.config import CheckpointConfig
+from train.ending import end_at_once, end_soon
 from train.errors import ConfigError, SaveStuck, TrainingFailed
 from train.fields import shown
+from train.growth import Growth
 from train.integrity import (
     find_fault,
     find_strays,
@@ -53,7 +55,7 @@ EVALUATED = "eval/tokens_evaluated"
 """The entry of `extra` that has the tokens of the whole evaluation; those above may be only its first ones."""
 
 SAVE_SECONDS = 600
-"""How long one checkpoint may take to be written, without the time in which the run is suspended."""
+"""For how long the files of a checkpoint need not grow, without the time in which the run is suspended."""
 _WALL_SECONDS = 24 * 3600
 """The same for Orbax, which goes by the clock on the wall: more than a suspended run may sleep."""
 
@@ -87,8 +89,8 @@ class Checkpoints:
         self._primary = jax.process_index() == 0
         self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), timeout_secs=_WALL_SECONDS)
         self._finisher = ThreadPoolExecutor(1, "checkpoint")
-        # Its step, its end, and when that is late.
-        self._saving: tuple[int, Future[None], float] | None = None
+        # Its step, its end, and whether its files still grow.
+        self._saving: tuple[int, Future[None], Growth] | None = None
         # When the newest save began, or this run, and how long the caller waited for its copy.
         self._times = clock.now(), 0.0
         self._damaged: set[int] = set()
@@ -130,19 +132,23 @@ class Checkpoints:
             {"step": step, "data_state": data_state, "extra": extra, "leaves": described}, indent=1
         )
         pending = self.directory / f".pending-{step}"
+        stuck = SaveStuck(step, SAVE_SECONDS)
         try:
-            if self._primary:
-                self._sweep()
-                pending.mkdir(parents=True)
-            # Orbax refuses arrays without elements; their shape and dtype say all about them.
-            arrays = {name: lv.stored(leaf) for name, leaf in leaves.items() if leaf.size}
-            self._checkpointer.save(pending / "state", args=ocp.args.PyTreeSave(arrays))
+            with clock.unless_done_within(SAVE_SECONDS, lambda: end_at_once(stuck)):
+                if self._primary:
+                    self._sweep()
+                    pending.mkdir(parents=True)
+                # Orbax refuses arrays without elements; their shape and dtype say all about them.
+                arrays = {name: lv.stored(leaf) for name, leaf in leaves.items() if leaf.size}
+                self._checkpointer.save(pending / "state", args=ocp.args.PyTreeSave(arrays))
         except Exception as error:
             raise self._failure(step, error) from error
         finish = self._finish if self._primary else self._finish_part
         self._times = began, clock.now() - began
         done = self._finisher.submit(finish, step, pending, record, str(next(_saves)))
-        self._saving = step, done, clock.now() + SAVE_SECONDS
+        growth = Growth(pending)
+        done.add_done_callback(lambda _: growth.stop())
+        self._saving = step, done, growth
         if self._config.wait:
             self.wait()
 
@@ -248,14 +254,17 @@ class Checkpoints:
         Raises:
           TrainingFailed: it could not be written, for instance because the disk is full. Earlier
             checkpoints are intact.
-          SaveStuck: it has not been written within `SAVE_SECONDS`, for instance because the disk does not answer.
+          SaveStuck: its files have not grown for `SAVE_SECONDS`, for instance because the disk does not answer. The
+            process ends soon after, also where it closes files on that disk and never returns.
         """
         if self._saving is None:
             return
-        step, done, deadline = self._saving
+        step, done, growth = self._saving
         while not done.done():
-            if clock.now() >= deadline:
-                raise SaveStuck(step, SAVE_SECONDS)  # nothing here may ask the disk
+            if clock.now() - growth.seen_at >= SAVE_SECONDS:
+                stuck = SaveStuck(step, SAVE_SECONDS)  # nothing here may ask the disk
+                end_soon(stuck)
+                raise stuck
             futures.wait([done], timeout=clock.TICK_SECONDS)
         self._saving = None
         try:

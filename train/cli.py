@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -12,10 +11,11 @@ from collections.abc import Iterator
 from train.cli_help import overview, show_help
 from train.commands import COMMANDS, use_cpu_devices
 from train.config import TrainConfig
+from train.ending import leave
 from train.errors import ConfigError, FailedTogether, RunError, SaveStuck, TrainingFailed
 from train.fields import leaf_types, nearest, shown, unknown_field
 from train.logs import logged_to
-from train.streams import drop_unread, mend_streams, say
+from train.streams import drop_unread, mend_streams, output_named, say
 from train.versions import version_of
 from train.words import Words, take_apart
 
@@ -26,9 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     mend_streams()
     try:
         take_apart(sys.argv[1:] if argv is None else argv, words)
-        with _warnings_shown():
+        with output_named(), _warnings_shown():
             code = _run(words)
-        sys.stdout.flush()
+            sys.stdout.flush()
         return code
     except RunError as error:
         if words.traceback:
@@ -79,8 +79,7 @@ def _leave_others(error: TrainingFailed) -> None:
     """
     jax = sys.modules.get("jax")
     if isinstance(error, SaveStuck) or (jax is not None and jax.distributed.is_initialized()):
-        drop_unread()
-        os._exit(error.exit_code)
+        leave(error)
 
 
 def _run(words: Words) -> int:

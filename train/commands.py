@@ -230,12 +230,16 @@ def _doctor(argument: str, options: Mapping[str, str]) -> int:
 def _run_directory(argument: str) -> str:
     """The path of a run directory, which must be one."""
     argument = str(expanded("RUN", argument))
-    if os.path.isfile(os.path.join(argument, "config.yaml")):
+    config = os.path.join(argument, "config.yaml")
+    if os.path.isfile(config):
         return argument
-    runs = [os.path.dirname(config) for config in beside(argument, "*/config.yaml")]
+    runs = [os.path.dirname(other) for other in beside(argument, "*/config.yaml")]
     rule = "no such run directory"
     if os.path.isdir(argument):
-        rule = "is not a run directory, for it has no config.yaml"
+        fault = "for its config.yaml is no file" if os.path.lexists(config) else "for it has no config.yaml"
+        rule = f"is not a run directory, {fault}"
+    elif os.path.lexists(argument):
+        rule = "must be the directory of a run, but is none"
     raise ConfigError("RUN", shown(argument), rule + nearest(argument, runs))
 
 

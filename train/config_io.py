@@ -19,7 +19,8 @@ from train.checkpoint_files import checkpoint_steps
 from train.config import TrainConfig
 from train.errors import ConfigError
 from train.fields import build, flatten, nearest, shown
-from train.reading import beside, reading, regular
+from train.paths import with_home
+from train.reading import beside, reading, reason, regular
 from train.versions import version_of
 from train.writing import replace_text
 
@@ -65,7 +66,7 @@ def find_config(argument: str) -> tuple[TrainConfig, str]:
     Raises:
       ConfigError: there is no such file (names the nearest), or it does not give a config.
     """
-    path = pathlib.Path(os.path.expanduser(argument))
+    path = pathlib.Path(with_home(argument))
     if path.suffix in (".py", ".yaml", ".yml") and os.path.isfile(path):
         if path.suffix == ".py":
             return load_python(path), path.stem
@@ -209,7 +210,7 @@ def earlier_config(workdir: pathlib.Path) -> TrainConfig | None:
       ConfigError: it has checkpoints, but nothing says any more with which config they were made.
     """
     path = workdir / "config.yaml"
-    if os.path.exists(path):
+    if os.path.isfile(path):  # anything else is in the way, and the workdir says so
         return load_config(path)
     if checkpoint_steps(workdir / "checkpoints"):
         rule = "has checkpoints, but not the config.yaml that they were made with; choose another workdir"
@@ -249,15 +250,28 @@ def _may_change(name: str) -> bool:
 def _why_not_found(path: pathlib.Path) -> str:
     if os.path.isfile(path / "config.yaml"):
         return f"is a run directory; its config is {path / 'config.yaml'}"
+    rule = "must be a .py file, a .yaml file, or the name of a shipped config"
     if os.path.isfile(path):
-        return "must be a .py file, a .yaml file, or the name of a shipped config"
+        return rule
     if os.path.isdir(path):
-        return "is a folder; must be a .py file, a .yaml file, or the name of a shipped config"
+        return f"is a folder; {rule}"
+    if os.path.lexists(path):
+        return f"cannot be read: {_why_no_file(path)}; {rule}"
     files = beside(path, "*.py", "*.yaml", "*.yml")
     known = shipped_names() + [
         other for other in files if not pathlib.Path(other).stem.startswith(("_", "."))
     ]
     return f"no such config file{nearest(str(path), known)}"
+
+
+def _why_no_file(path: pathlib.Path) -> str:
+    try:
+        regular(path)
+    except FileNotFoundError:
+        return f"a link to {os.readlink(path)}, which is not there"
+    except OSError as error:
+        return reason(error)
+    raise AssertionError(path)
 
 
 def _why_raised(path: pathlib.Path, error: BaseException) -> str:
@@ -270,5 +284,7 @@ def _why_raised(path: pathlib.Path, error: BaseException) -> str:
     where = f" in line {line}" if line else ""
     message = shown(error.msg if isinstance(error, SyntaxError) else error)
     if argument := re.search(r"unexpected keyword argument '(\w+)'", message):
-        message += nearest(argument[1], flatten(TrainConfig()))
+        known = flatten(TrainConfig())
+        is_there = f"; {argument[1]} is a field of TrainConfig itself"
+        message += is_there if argument[1] in known else nearest(argument[1], known)
     return f"raised {type(error).__name__}{where}: {message}"

@@ -53,7 +53,7 @@ def findings() -> Iterator[tuple[str, str, bool]]:
 def cluster() -> str:
     """Which cluster jax would find itself on, from the environment alone."""
     for name, variables in CLUSTERS.items():
-        if all(variable in os.environ for variable in variables):
+        if all(os.environ.get(variable) for variable in variables):
             return name
     return "none found: a single process"
 

@@ -43,17 +43,17 @@ class TrainingFailed(RunError):
 
 
 class SaveStuck(TrainingFailed):
-    """A checkpoint is not written in time. Its threads may wait for ever, so the process must not wait for them.
+    """A checkpoint is no longer being written. Its threads may wait for ever, so the process must not wait for them.
 
     Args:
       step: that of the checkpoint.
-      seconds: how long it has had.
+      seconds: for how long its files have not grown.
     """
 
     def __init__(self, step: int, seconds: float):
         super().__init__(
-            f"the checkpoint of step {step} could not be written: it has not ended after {seconds:.0f} s; look at the "
-            "disk of the workdir; the same command goes on from the checkpoint before it"
+            f"the checkpoint of step {step} could not be written: its files have not grown for {seconds:.0f} s; look "
+            "at the disk of the workdir; the same command goes on from the checkpoint before it"
         )
 
 

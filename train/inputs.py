@@ -23,6 +23,7 @@ from train.data.tokenizer import TOKENIZER_FILE
 from train.errors import ConfigError
 from train.fields import get, override
 from train.integrity import has_its_hash
+from train.paths import with_home
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def _places(
     before = typed if earlier is None else get(earlier, name)
     if not _is_path(name, typed):
         return [typed]
-    absolute = os.path.abspath(os.path.expanduser(typed))
+    absolute = os.path.abspath(with_home(typed))
     places: list[str] = [absolute]
     if earlier is not None and _is_path(name, before) and (absolute == before or _is_end_of(typed, before)):
         places = [before, absolute]
@@ -256,11 +257,16 @@ def _refuse(field: str, config: TrainConfig, earlier: TrainConfig, then: str, no
 
 
 def _other_rules(began: Began | None, tokenizer: Tokenizer) -> Iterator[str]:
-    if began is not None and began.encoding_rules != tokenizer.encoding_rules:
-        yield (
-            f"data.tokenizer: the run began with moejax {began.version or '(version unknown)'}, which gave text that "
-            "spells a special token, such as <|im_start|>, other ids"
-        )
+    if began is None or began.encoding_rules == tokenizer.encoding_rules:
+        return
+    writer = f"data.tokenizer: the run began with moejax {began.version or '(version unknown)'}, which"
+    changes = [
+        change for number, change in tokenizer.encoding_changes.items() if number > began.encoding_rules
+    ]
+    if changes:
+        yield f"{writer} gave other ids to {', and to '.join(changes)}"
+    else:
+        yield f"{writer} has newer rules of encoding ({began.encoding_rules}): some text may get other ids here"
 
 
 def _moves(earlier: TrainConfig, config: TrainConfig) -> Iterator[str]:

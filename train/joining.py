@@ -50,6 +50,7 @@ def join(options: Mapping[str, str], environment: Mapping[str, str] = os.environ
       ConfigError: the coordinator cannot be reached, or nobody says where it is. Where others do not come, the process
         ends by itself, with the same line and code.
     """
+    environment = {name: value for name, value in environment.items() if value}  # empty is unset
     if environment.get(LAUNCHER, "").isdecimal():
         _end_with(int(environment[LAUNCHER]))
     place = find_place(options, environment) or slurm_place(environment) or open_mpi_place(environment)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from train.errors import ConfigError
+from train.paths import in_the_way
 
 
 @contextlib.contextmanager
@@ -23,10 +24,11 @@ def lock_run(run_dir: str | os.PathLike[str]) -> Iterator[None]:
     Raises:
       ConfigError: another run holds the lock, or the directory cannot be written to.
     """
+    path = Path(run_dir) / ".lock"
     try:
-        opened = (Path(run_dir) / ".lock").open("a+")
+        opened = path.open("a+")
     except OSError as error:
-        raise ConfigError("workdir", run_dir, f"cannot be written to: {error.strerror}") from error
+        raise in_the_way(run_dir, path, error) from error
     with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

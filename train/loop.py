@@ -107,6 +107,7 @@ def _train(config: TrainConfig, directory: Workdir, failure: NotFinite | None) -
         # Only now is nothing left that could refuse to go on: a refused resume leaves the run as it was.
         with processes.refusing_together():
             if processes.is_first():
+                directory.require_places(tensorboard=config.log.tensorboard)
                 if first < config.steps:
                     directory.require_room(bytes_of(program.abstract_state), config.steps)
                 save_config(config, workdir / "config.yaml")

@@ -30,6 +30,9 @@ EVALUATION = "eval/loss"
 
 FILE_NAME = "metrics.jsonl"
 
+SHORTER = ".cut"
+"""Ending of the file that takes its place when lines are cut from it."""
+
 LAYERS = "moe/layers/"
 """What begins so has one entry per MoE layer, or per layer and expert."""
 
@@ -76,7 +79,7 @@ class Metrics:
                 log.warning("%s line %d is not a record of metrics and is left out", self.path, number)
             if record is not None and record[0] < step + (evaluated or not record[1]):
                 kept.append(line)
-        shorter = self.path.with_name(self.path.name + ".cut")
+        shorter = self.path.with_name(self.path.name + SHORTER)
         with shorter.open("wb") as file:
             file.writelines(kept)
             file.flush()

@@ -12,7 +12,8 @@ from typing import Any, TextIO
 
 from train import clock
 from train.config import LogConfig
-from train.errors import TrainingFailed
+from train.ending import CLOSE_SECONDS, end_at_once
+from train.errors import RunError, TrainingFailed
 from train.logs import logged_to
 from train.metrics import EVALUATION, FILE_NAME, LAYERS, Metrics
 from train.tensorboard import Board
@@ -52,7 +53,7 @@ class Monitor:
         mfu_per_token: float | None = None,
         stream: TextIO | None = None,
     ):
-        run_dir = Path(run_dir)
+        run_dir = self._run_dir = Path(run_dir)
         self._tokens_per_step = tokens_per_step
         self._total_steps, self._experts_every = total_steps, config.experts_every
         self._watch = ExpertWatch(config.drop_limit, config.dead_after)
@@ -77,12 +78,21 @@ class Monitor:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, where: object) -> None:
-        """Close every file and leave the terminal in order; the last line of `log.txt` says what ended the run."""
-        if error is not None:
-            # Only there: the terminal gets its line from whoever handles the error.
-            text = f"ended by {type(error).__name__}: {' '.join(str(error).split())}"
-            self._file_handler.handle(self._logger.makeRecord("moejax", logging.ERROR, "", 0, text, (), None))
-        self.close()
+        """Leave the terminal in order and close every file; the last line of `log.txt` says what ended the run.
+
+        Where the disk does not answer, the process ends with the error.
+        """
+        with contextlib.suppress(OSError):
+            self._terminal.close()
+        rule = f"the files in {self._run_dir} could not be closed within {CLOSE_SECONDS} s; look at the disk"
+        stuck = error if isinstance(error, RunError) else TrainingFailed(rule)
+        with clock.unless_done_within(CLOSE_SECONDS, lambda: end_at_once(stuck)):
+            if error is not None:
+                # Only there: the terminal gets its line from whoever handles the error.
+                text = f"ended by {type(error).__name__}: {' '.join(str(error).split())}"
+                record = self._logger.makeRecord("moejax", logging.ERROR, "", 0, text, (), None)
+                self._file_handler.handle(record)
+            self.close()
 
     def train(self, step: int, metrics: Mapping[str, float], layers: Mapping[str, Any] | None = None) -> None:
         """Report a logged step; with the numbers of each MoE layer (`moe/layers/...`), if it is one of those that do.

@@ -85,7 +85,7 @@ def beside(path: str | os.PathLike[str], *patterns: str) -> list[str]:
     """The files in the folder of one that was not found; none where nobody can look into it."""
     with contextlib.suppress(OSError, ValueError):
         folder = Path(path).parent
-        return [str(found) for pattern in patterns for found in folder.glob(pattern)]
+        return [str(found) for pattern in patterns for found in folder.glob(pattern) if os.path.isfile(found)]
     return []
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
+from typing import Any, TextIO, cast
 
 
 def mend_streams() -> None:
@@ -27,6 +29,41 @@ def mend_streams() -> None:
             stream.reconfigure(
                 errors="backslashreplace"
             )  # file names have characters that a terminal may lack
+
+
+@contextlib.contextmanager
+def output_named() -> Iterator[None]:
+    """What cannot be written to standard output in the block says so: a full disk there is not that of a run."""
+    with contextlib.redirect_stdout(cast(TextIO, _Output(sys.stdout))):
+        yield
+
+
+class _Output:
+    """Standard output whose errors name it."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with _naming_it():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with _naming_it():
+            self._stream.flush()
+
+
+@contextlib.contextmanager
+def _naming_it() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:  # whoever read it has gone, which is no fault
+        raise
+    except OSError as error:
+        raise OSError(f"standard output: {error.strerror or error}") from error
 
 
 def say(text: str) -> None:

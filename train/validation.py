@@ -13,6 +13,7 @@ from train.config import MeshConfig, TrainConfig
 from train.errors import ConfigError
 from train.fields import flatten, get, nearest, shown
 from train.layers import MoELayer, hidden_widths, moe_layer_numbers, moe_layers_of, shared_width
+from train.paths import with_home
 
 Rule = tuple[str, Callable[[float], bool]]
 
@@ -193,9 +194,7 @@ def _check_ranges(config: TrainConfig) -> None:
                 raise ConfigError(name, value, text)
         if name in NOT_EMPTY and value is not None and (not value.strip() or "\0" in value):
             raise ConfigError(name, shown(value), "must not be empty, nor hold a NUL character")
-    if config.workdir is not None and (
-        there := _file_on_the_way(pathlib.Path(os.path.expanduser(config.workdir)))
-    ):
+    if config.workdir is not None and (there := _file_on_the_way(pathlib.Path(with_home(config.workdir)))):
         raise ConfigError("workdir", config.workdir, f"must be a directory, but {there} is a file")
 
 

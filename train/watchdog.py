@@ -28,6 +28,8 @@ KEPT = 64
 NEEDED = 3
 """Step times without which nothing counts as too long."""
 POLL_SECONDS = 1.0
+WRITE_SECONDS = 10.0
+"""How long the stacks may take to be written: the step may wait for the very disk that they go to."""
 MEETING_SECONDS = 5.0
 """How long a process that gives up waits for the others to say where they are."""
 
@@ -128,19 +130,27 @@ class Watchdog:
             self._end(TrainingFailed.exit_code)
 
     def _report(self, waited: float) -> None:
-        with contextlib.suppress(OSError):
-            self._path.parent.mkdir(exist_ok=True)
-            with self._path.open("w") as file:
-                faulthandler.dump_traceback(file)
+        writing = threading.Thread(target=self._write_stacks, daemon=True)
+        writing.start()
+        writing.join(WRITE_SECONDS)
         with contextlib.suppress(OSError, ValueError):  # no real file, as under a notebook
             faulthandler.dump_traceback(sys.stderr)
+        stacks = f"all stacks are in {self._path.parent}"
+        if writing.is_alive():
+            stacks = f"no stacks could be written to {self._path.parent}, look at the disk"
         say(
             f"error: step {self._finished + 1} has not ended after {waited:.0f} s"
-            f"{self._who_is_behind()}; all stacks are in {self._path.parent}; the same command goes on "
+            f"{self._who_is_behind()}; {stacks}; the same command goes on "
             "from the last checkpoint"
         )
         if jax.process_count() > 1 and processes.is_first():
             time.sleep(MEETING_SECONDS)  # the others still need the coordinator, which lives here
+
+    def _write_stacks(self) -> None:
+        with contextlib.suppress(OSError):
+            self._path.parent.mkdir(exist_ok=True)
+            with self._path.open("w") as file:
+                faulthandler.dump_traceback(file)
 
     def _who_is_behind(self) -> str:
         if jax.process_count() == 1:

@@ -8,14 +8,21 @@ import logging
 import os
 import resource
 import shutil
+import tempfile
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
 import jax
 
+from train.data.huggingface import CONFIG_FILE
+from train.data.tokenizer import TOKENIZER_FILE
 from train.errors import ConfigError
-from train.paths import expanded
+from train.metrics import FILE_NAME as METRICS
+from train.metrics import SHORTER
+from train.paths import expanded, in_the_way
+from train.reading import regular
+from train.writing import scratch_of
 
 log = logging.getLogger("moejax")
 
@@ -24,6 +31,10 @@ _DATA_FILE = 2**31  # bytes from which on Orbax begins another file
 _INCOMPRESSIBLE = 0.25
 # The longest path in a checkpoint that is being written; the last part is a hash.
 _LONGEST = "{step}/state.orbax-checkpoint-tmp/ocdbt.process_{process}/d/" + 32 * "0"
+
+# Files of a run: those that it writes at their place, and those that it replaces by a rename.
+_WRITTEN = (METRICS, METRICS + SHORTER, "log.txt")
+_REPLACED = ("config.yaml", TOKENIZER_FILE, CONFIG_FILE)
 
 
 class Workdir:
@@ -90,13 +101,30 @@ class Workdir:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(b"0")
             except OSError as error:
-                where = f"{error.filename or probe.parent}: {error.strerror}"
-                raise ConfigError("workdir", self.path, f"cannot hold a checkpoint: {where}") from error
+                raise in_the_way(self.path, error.filename or probe.parent, error) from error
             finally:
                 shutil.rmtree(probe, ignore_errors=True)
                 if not there_before:
                     with contextlib.suppress(OSError):
                         probe.parent.rmdir()
+
+    def require_places(self, *, tensorboard: bool) -> None:
+        """Find out before anything is written whether something is in the way of the files of a run.
+
+        Args:
+          tensorboard: whether the run writes for it.
+
+        Raises:
+          ConfigError: names the path. What `make` made is removed.
+        """
+        with self._removed_if_refused():
+            for name in (*_WRITTEN, *map(scratch_of, _REPLACED)):
+                _try_file(self.path, self.path / name)
+            for name in _REPLACED:  # not made for a trial: a kill would leave an empty one
+                if os.path.lexists(self.path / name):
+                    _try_file(self.path, self.path / name)
+            for name in ("checkpoints", "logs", *["tensorboard"] * tensorboard):
+                _try_folder(self.path, self.path / name)
 
     def _compare_with_limits(self, state_bytes: int) -> None:
         checkpoints = self.path / "checkpoints"  # may be a link to another disk
@@ -130,6 +158,32 @@ class Workdir:
                 for path in self._made:
                     os.rmdir(path)
             raise
+
+
+def _try_file(workdir: Path, path: Path) -> None:
+    """Open a file as a run will, without a change to it."""
+    is_new = not path.exists()
+    try:
+        if not is_new:
+            regular(path)
+        os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT))
+        if is_new:
+            path.resolve().unlink()  # where a link led
+    except OSError as error:
+        raise in_the_way(workdir, path, error) from error
+
+
+def _try_folder(workdir: Path, path: Path) -> None:
+    is_new = not path.exists()
+    try:
+        path.mkdir(exist_ok=True)
+        try:
+            tempfile.TemporaryFile(dir=path).close()
+        finally:
+            if is_new:
+                path.rmdir()
+    except OSError as error:
+        raise in_the_way(workdir, path, error) from error
 
 
 def _megabytes(count: int) -> str:

@@ -41,6 +41,7 @@ def trained(monkeypatch):
 @pytest.fixture
 def run_directory(empty_folder):
     (empty_folder / "run").mkdir()
+    (empty_folder / "odd" / "config.yaml").mkdir(parents=True)
     save_config(TrainConfig(), empty_folder / "run" / "config.yaml")
     return "run"
 
@@ -123,6 +124,8 @@ def test_train_again_from_the_yaml_of_a_run(trained, run_directory):
         ("eval", "RUN = (nothing): must be given"),
         ("eval nowhere", "RUN = nowhere: no such run directory; there are run"),
         ("eval .", "RUN = .: is not a run directory, for it has no config.yaml"),
+        ("eval run/config.yaml", "RUN = run/config.yaml: must be the directory of a run, but is none"),
+        ("eval odd", "RUN = odd: is not a run directory, for its config.yaml is no file; there are run"),
         ("eval run --steps 3", "steps = 3: no such field"),
         ("generate run", "--prompt = '': must be given and not empty"),
         ("generate run --prompt \udcff", "--prompt = \\udcff: must be valid UTF-8"),

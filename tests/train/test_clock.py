@@ -12,11 +12,12 @@ import types
 import jax
 import pytest
 
-from train import checkpoint, clock, monitor
+from train import checkpoint, clock, growth, monitor
 from train.checkpoint import Checkpoints
 from train.clock import ASLEEP_SECONDS, TICK_SECONDS, Clock, unless_done_within
 from train.config import CheckpointConfig, LogConfig
 from train.errors import SaveStuck
+from train.growth import Growth, size_of
 from train.metrics import read
 from train.terminal import Pace
 from train.watchdog import Watchdog
@@ -100,7 +101,8 @@ def test_a_write_may_be_suspended_for_hours(monkeypatch, tmp_path):
 
 
 def test_a_write_that_hangs_ends_the_run_after_ten_minutes_awake(system, monkeypatch, tmp_path):
-    answers, waited = threading.Event(), []
+    answers, waited, ending = threading.Event(), [], []
+    monkeypatch.setattr(checkpoint, "end_soon", ending.append)
 
     def wait(_, timeout):
         waited.append(timeout)
@@ -114,8 +116,9 @@ def test_a_write_that_hangs_ends_the_run_after_ten_minutes_awake(system, monkeyp
     checkpoints.save(1, {"w": jax.numpy.ones(2)}, {}, {})
     try:
         for _ in range(2):  # the error of `save`, and of the end of the block that it leaves
-            with pytest.raises(SaveStuck, match="step 1 could not be written: it has not ended after 600 s"):
+            with pytest.raises(SaveStuck, match=r"step 1 .* its files have not grown for 600 s"):
                 checkpoints.close()
+        assert isinstance(ending[0], SaveStuck), "however long the files of the run take to close"
         assert sum(waited) == 600 - TICK_SECONDS, "time asleep is one tick"
     finally:
         answers.set()
@@ -124,6 +127,62 @@ def test_a_write_that_hangs_ends_the_run_after_ten_minutes_awake(system, monkeyp
         time.sleep(0.01)
     checkpoints.close()
     assert checkpoints.steps() == [1]
+
+
+def test_a_slow_write_goes_on_while_its_files_grow(system, monkeypatch, tmp_path):
+    answers, waited = threading.Event(), []
+
+    def wait(_, timeout):
+        if sum(waited) == 1000:
+            answers.set()
+            time.sleep(0.01)
+            return
+        waited.append(timeout)
+        system.pass_by(timeout)
+        if sum(waited) == 500:
+            checkpoints._saving[2].seen_at = clock.now()
+
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        written = checkpoint.write_manifest
+        monkeypatch.setattr(checkpoint, "write_manifest", lambda *given: answers.wait(60) and written(*given))
+        checkpoints.save(1, {"w": jax.numpy.ones(2)}, {}, {})
+        monkeypatch.setattr(checkpoint.futures, "wait", wait)
+        checkpoints.wait()
+    assert sum(waited) == 1000 and checkpoints.steps() == [1]
+
+
+def test_growth_is_seen_until_the_disk_does_not_answer(system, monkeypatch, tmp_path):
+    monkeypatch.setattr(growth, "LOOK_SECONDS", 0.01)
+    folder, looks, answers = tmp_path / "a" / "b", [], threading.Event()
+
+    def size(path):
+        looks.append(path)
+        if len(looks) > 40:
+            answers.wait(60)
+        return size_of(path)
+
+    monkeypatch.setattr(growth, "size_of", size)
+    seen = Growth(tmp_path / "a")
+    began = seen.seen_at
+    try:
+        for content in ("x", "xy", "xyz"):
+            system.pass_by(7)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "file").write_text(content)
+            for _ in range(1000):
+                if seen.seen_at == clock.now():
+                    break
+                time.sleep(0.005)
+            assert seen.seen_at == clock.now(), content
+        while len(looks) <= 40:
+            time.sleep(0.01)
+        system.pass_by(100)
+        (folder / "file").write_text("more")
+        time.sleep(0.05)
+        assert seen.seen_at == began + 21 and len(looks) == 41
+    finally:
+        seen.stop()
+        answers.set()
 
 
 def test_patience_ends_by_itself_and_with_the_block():

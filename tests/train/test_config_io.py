@@ -139,6 +139,7 @@ def test_python_config(tmp_path):
         (PYTHON + "3", "config() must return a TrainConfig, not int"),
         (PYTHON + "TrainConfig(stepz=3)", "raised TypeError in line 5: "),
         (PYTHON + "TrainConfig(stepz=3)", "; the nearest is steps"),
+        (PYTHON + "ModelConfig(steps=3)", "; steps is a field of TrainConfig itself"),
         (PYTHON + "TrainConfig(steps='many')", "steps = many: must be an integer"),
         (PYTHON + "TrainConfig(model=MoEConfig())", "model = MoEConfig("),
     ],
@@ -164,6 +165,22 @@ def test_shipped_configs_by_name_and_by_path():
         config, found = find_config(name)
         assert found == name
         assert config == load_python(config_io.SHIPPED / f"{name}.py")
+
+
+def test_what_is_there_and_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("fifo.yaml")
+    os.symlink("none", "link.py")
+    rule = "must be a .py file, a .yaml file, or the name of a shipped config"
+    for name, reason in (
+        ("fifo.yaml", "a named pipe, not a file"),
+        ("link.py", "a link to none, which is not there"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            find_config(name)
+        assert str(caught.value) == f"CONFIG = {name}: cannot be read: {reason}; {rule}"
+    with pytest.raises(ConfigError, match=r"fifa\.yaml: no such config file; there are moe_1b_64x"):
+        find_config("fifa.yaml")
 
 
 def test_unknown_config_names_the_nearest(tmp_path, monkeypatch):

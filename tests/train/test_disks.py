@@ -44,7 +44,9 @@ def test_a_full_disk_and_one_that_cannot_be_written_to(tmp_path, disk):
     assert (workdir / "checkpoints" / "10").is_dir()
     disk("ro")
     output = launching.run(*words, code=2)
-    assert re.search(r"^error: workdir = .*Read-only file system$", output, re.M), output
+    assert re.search(
+        r"^error: workdir = .*Read-only file system; move it away, or choose another workdir$", output, re.M
+    ), output
     disk("rw,size=64m")
     assert "going on after step 10" in launching.run(*words)
     assert [line["step"] for line in small.read_metrics(workdir) if "loss" in line] == [*range(1, 13)]

@@ -57,6 +57,9 @@ def test_cluster_is_found_from_the_environment(monkeypatch):
             monkeypatch.delenv(variable, raising=False)
     assert doctor.cluster() == "none found: a single process"
     for variable in doctor.CLUSTERS["Slurm"]:
+        monkeypatch.setenv(variable, "")
+        assert doctor.cluster() == "none found: a single process", "empty is unset"
+    for variable in doctor.CLUSTERS["Slurm"]:
         monkeypatch.setenv(variable, "1")
     assert doctor.cluster() == "Slurm"
     monkeypatch.setenv("OMPI_MCA_orte_hnp_uri", "x")

@@ -13,6 +13,7 @@ from tests.train import small
 from train.config import DataConfig, ModelConfig, TrainConfig
 from train.config_io import load_config, save_config
 from train.data import load_corpus, load_tokenizer
+from train.data.huggingface import HuggingFaceTokenizer
 from train.errors import ConfigError
 from train.inputs import marks, read_began, read_inputs
 from train.integrity import hash_lines, write_manifest
@@ -161,7 +162,7 @@ def test_the_places_are_chosen_without_tokens(project, tmp_path, monkeypatch):
     assert len(loaded) == 1, "it is found before the text is read"
 
 
-def test_a_run_that_began_with_other_rules_of_encoding_goes_on_with_a_warning(tmp_path):
+def test_a_run_that_began_with_other_rules_of_encoding_goes_on_with_a_warning(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("to be or not to be " * 40)
     model = tokenizers.models.WordLevel({"to": 0, "be": 1, "<unk>": 2}, unk_token="<unk>")
     tokenizer = tokenizers.Tokenizer(model)
@@ -176,7 +177,24 @@ def test_a_run_that_began_with_other_rules_of_encoding_goes_on_with_a_warning(tm
     config = tmp_path / "run" / "config.yaml"
     config.write_text(re.sub("^moejax: .*", "moejax: 0.0.1", config.read_text()))
     (line,) = go_on(tmp_path, **fields).warnings
-    assert line.startswith("data.tokenizer: the run began with moejax 0.0.1, which gave text that spells")
+    before = "data.tokenizer: the run began with moejax 0.0.1, which"
+    spelt = "text that spells a special token, such as <|im_start|>"
+    assert line == f"{before} gave other ids to {spelt}"
+    monkeypatch.setattr(
+        HuggingFaceTokenizer,
+        "encoding_changes",
+        HuggingFaceTokenizer.encoding_changes | {3: "text in tables"},
+    )
+    assert go_on(tmp_path, **fields).warnings == (
+        f"{before} gave other ids to {spelt}, and to text in tables",
+    )
+    for rules, rest in (
+        (2, "gave other ids to text in tables"),
+        (4, "has newer rules of encoding (4): some text may get other ids here"),
+    ):
+        record["extra"]["encoding_rules"] = rules
+        write_record(tmp_path / "run", 2, json.dumps(record))
+        assert go_on(tmp_path, **fields).warnings == (f"{before} {rest}",)
 
 
 def test_a_tokenizer_that_has_gone_is_the_runs_own_copy(project, monkeypatch):

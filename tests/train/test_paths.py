@@ -7,10 +7,11 @@ import sys
 import pytest
 
 from train.cli import main
-from train.config import TrainConfig
+from train.config import DataConfig, TrainConfig
 from train.errors import ConfigError
+from train.inputs import read_inputs
 from train.launch import _log_folder
-from train.paths import expanded
+from train.paths import expanded, with_home
 from train.validation import validate
 from train.workdir import Workdir
 
@@ -49,16 +50,39 @@ def test_a_home_that_nobody_knows():
     )
 
 
+def test_an_empty_home_is_none(home, monkeypatch, capsys):
+    (home / "there.py").write_text("")
+    monkeypatch.setenv("HOME", "")
+    for text in ("~", "~/x"):
+        with pytest.raises(
+            ConfigError, match=f"^workdir = {text}: begins with ~, but no home is known for it"
+        ):
+            expanded("workdir", text)
+        assert with_home(text) == text
+    at_the_root = f"~{home}/there.py"  # what an empty HOME would make of it is a file
+    assert main(["train", at_the_root]) == 2
+    assert f"CONFIG = {at_the_root}: no such config file" in capsys.readouterr().err
+    for field, data in (
+        ("path", DataConfig(path=at_the_root)),
+        ("tokenizer", DataConfig(tokenizer=at_the_root)),
+    ):
+        with pytest.raises(ConfigError, match=rf"^data\.{field} = ~.*: no such file"):
+            read_inputs(dataclasses.replace(TrainConfig(), data=data), home / "run", None, None)
+
+
 @pytest.mark.parametrize(
-    ("encoding", "text"), [("ascii", "caf\udcc3\udca9"), ("latin-1", "cafÃ©"), ("utf-8", "caf\udce9")]
+    ("encoding", "text", "rule"),
+    [
+        ("ascii", "caf\udcc3\udca9", "but this process reads names as ascii; set LC_ALL"),
+        ("latin-1", "cafÃ©", "but this process reads names as latin-1; set LC_ALL"),
+        ("utf-8", "caf\udce9", "but has other bytes; choose another name"),
+    ],
 )
-def test_a_name_that_is_no_utf8(monkeypatch, encoding, text):
+def test_a_name_that_is_no_utf8(monkeypatch, encoding, text, rule):
     expanded("RUN", "café")
     monkeypatch.setattr("os.fsencode", lambda name: str(name).encode(encoding, "surrogateescape"))
     monkeypatch.setattr(sys, "getfilesystemencoding", lambda: encoding)
-    with pytest.raises(
-        ConfigError, match=f"^RUN = .*: must be UTF-8, but this process reads names as {encoding}; set"
-    ):
+    with pytest.raises(ConfigError, match=f"^RUN = .*: must be UTF-8, {rule}"):
         expanded("RUN", text)
 
 

@@ -157,6 +157,16 @@ def test_under_launch_a_suspended_process_is_not_taken_for_lost(monkeypatch):
     assert seconds == [30, 7 * 24 * 3600]
 
 
+def test_variables_that_are_empty_say_nothing(monkeypatch):
+    monkeypatch.setattr(joining, "_join_on_kubernetes", pytest.fail)
+    kinds = ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_ID", "SLURM_NTASKS", "JOBSET_NAME", "MOEJAX_PROCESSES")
+    joining.join({}, dict.fromkeys(kinds, ""))
+    for name in kinds:
+        joining.join({}, {name: ""})
+    alone = {"MOEJAX_COORDINATOR": "localhost:1", "MOEJAX_PROCESSES": "1", "MOEJAX_PROCESS_ID": "0"}
+    joining.join({}, alone | {"MOEJAX_PROCESSES_PER_NODE": "", "OMPI_COMM_WORLD_LOCAL_SIZE": ""})
+
+
 @pytest.fixture
 def config(tmp_path):
     return launching.write_config(tmp_path, mesh=MeshConfig(expert=4))

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import re
 
 import pytest
 
@@ -63,11 +62,14 @@ def test_a_workdir_that_cannot_be_made_is_bad_input(run, capsys):
     assert capsys.readouterr().err.startswith("error: workdir = ")
 
 
-def test_a_workdir_that_cannot_be_locked_is_bad_input(run, capsys):
-    (run.workdir / ".lock").mkdir(parents=True)
+@pytest.mark.parametrize("name", [".lock", "config.yaml", "tokenizer.json", "metrics.jsonl"])
+def test_a_workdir_with_something_in_the_way_is_bad_input(run, capsys, name):
+    (run.workdir / name).mkdir(parents=True)
     assert run() == 2
-    assert re.search(r"^error: workdir = .*: cannot be written to: Is a directory$", capsys.readouterr().err)
-    assert [path.name for path in run.workdir.iterdir()] == [".lock"]
+    path, cure = run.workdir / name, "move it away, or choose another workdir"
+    line = f"error: workdir = {run.workdir}: cannot hold a run: {path}: Is a directory; {cure}\n"
+    assert capsys.readouterr().err == line
+    assert {path.name for path in run.workdir.iterdir()} <= {name, ".lock"}
 
 
 def test_a_workdir_that_cannot_hold_a_checkpoint_is_bad_input(run, capsys):
@@ -76,8 +78,9 @@ def test_a_workdir_that_cannot_hold_a_checkpoint_is_bad_input(run, capsys):
     assert run() == 2
     error = capsys.readouterr().err
     where = run.workdir / "checkpoints"
-    assert error.startswith(f"error: workdir = {run.workdir}: cannot hold a checkpoint: {where}")
-    assert error.endswith(": Not a directory\n") and error.count("\n") == 1
+    assert error.startswith(f"error: workdir = {run.workdir}: cannot hold a run: {where}")
+    assert error.endswith(": File exists; move it away, or choose another workdir\n")
+    assert error.count("\n") == 1
     assert sorted(path.name for path in run.workdir.iterdir()) == [".lock", "checkpoints"]
 
 

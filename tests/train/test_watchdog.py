@@ -1,5 +1,6 @@
 """A step that never ends is ended, and who is behind is named; a slow one is not."""
 
+import os
 import re
 import threading
 
@@ -75,6 +76,20 @@ def test_a_step_that_never_ends(tmp_path, capfd):
         r"^error: step 4 has not ended after \d+ s; all stacks are in", capfd.readouterr().err, re.M
     )
     assert "test_a_step_that_never_ends" in (tmp_path / "logs" / "stacks-0.txt").read_text()
+
+
+def test_stacks_do_not_wait_for_a_disk_that_does_not_answer(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(watchdog, "WRITE_SECONDS", 0.2)
+    (tmp_path / "logs").mkdir()
+    os.mkfifo(tmp_path / "logs" / "stacks-0.txt")  # whoever opens it waits for a reader
+    ended = threading.Event()
+    with Watchdog(tmp_path, factor=2, seconds=0.2, end=lambda code: ended.set()) as dog:
+        for step in range(4):
+            dog.finished(step)
+        was_in_time = ended.wait(20)
+        os.close(os.open(tmp_path / "logs" / "stacks-0.txt", os.O_RDONLY | os.O_NONBLOCK))
+    assert was_in_time
+    assert f"; no stacks could be written to {tmp_path}/logs, look at the disk; " in capfd.readouterr().err
 
 
 def test_nothing_is_watched_when_it_is_switched_off(tmp_path):

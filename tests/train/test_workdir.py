@@ -1,6 +1,7 @@
 """A run's directory: one run each, and found out before the first step whether it can hold a checkpoint."""
 
 import collections
+import os
 import pathlib
 import resource
 
@@ -84,13 +85,57 @@ def test_room_is_looked_for_where_the_checkpoints_lie(tmp_path, monkeypatch):
 def test_a_file_in_the_way(tmp_path):
     workdir = made(tmp_path / "a")
     (workdir.path / "checkpoints").write_text("mine")
-    assert refused(workdir).startswith(f"cannot hold a checkpoint: {workdir.path / 'checkpoints'}")
+    assert refused(workdir).startswith(f"cannot hold a run: {workdir.path / 'checkpoints'}")
     assert (workdir.path / "checkpoints").read_text() == "mine"
+
+
+FILES = (
+    "metrics.jsonl",
+    "metrics.jsonl.cut",
+    "log.txt",
+    "config.yaml",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+SCRATCH = ("config.yaml.new", "tokenizer.json.new", "tokenizer_config.json.new")
+FOLDERS = ("checkpoints", "logs", "tensorboard")
+
+
+@pytest.mark.parametrize("name", [*FILES, *SCRATCH, *FOLDERS])
+def test_what_is_in_the_way_of_a_file_of_a_run(tmp_path, name):
+    path = made(tmp_path).path / name
+    is_folder = name in FOLDERS
+    path.write_text("mine") if is_folder else path.mkdir()
+    with pytest.raises(ConfigError) as caught:
+        Workdir(str(tmp_path), "x").require_places(tensorboard=True)
+    reason = "File exists" if is_folder else "Is a directory"
+    cure = "move it away, or choose another workdir"
+    assert str(caught.value) == f"workdir = {tmp_path}: cannot hold a run: {path}: {reason}; {cure}"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_pipes_and_links_among_the_files_of_a_run(tmp_path):
+    workdir = made(tmp_path / "a")
+    os.mkfifo(workdir.path / "log.txt")
+    with pytest.raises(ConfigError, match=r"log\.txt: a named pipe, not a file; move it away"):
+        workdir.require_places(tensorboard=True)
+    (workdir.path / "log.txt").unlink()
+    (workdir.path / "log.txt").symlink_to(tmp_path / "none" / "log.txt")
+    with pytest.raises(ConfigError, match=r"log\.txt: No such file or directory; move it away"):
+        workdir.require_places(tensorboard=True)
+    (tmp_path / "none").mkdir()
+    (workdir.path / "tensorboard").write_text("mine")
+    workdir.require_places(tensorboard=False)  # the run does not write there
+    assert list((tmp_path / "none").iterdir()) == []
+    (workdir.path / "log.txt").write_text("earlier")
+    workdir.require_places(tensorboard=False)
+    assert (workdir.path / "log.txt").read_text() == "earlier"
+    assert sorted(path.name for path in workdir.path.iterdir()) == ["log.txt", "tensorboard"]
 
 
 def test_a_path_that_is_too_long_for_what_comes_below_it(tmp_path):
     folder = tmp_path
     while len(str(folder)) < 4000:
         folder = folder / ("d" * min(200, 4020 - len(str(folder))))
-    assert refused(made(folder)).endswith(": File name too long")
+    assert refused(made(folder)).endswith(": File name too long; choose another workdir")
     assert list(tmp_path.iterdir()) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import tokenizers
@@ -34,7 +35,7 @@ _MOST_HELD_BACK = 32
 class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizer.json`; the separator is its end-of-text token, or else one id after its last."""
 
-    encoding_rules = 2  # since 2, text that spells a special token is text
+    encoding_changes = MappingProxyType({2: "text that spells a special token, such as <|im_start|>"})
 
     def __init__(self, content: str, end_token: str | None = None, name: str = TOKENIZER_FILE):
         """Builds the tokenizer.

@@ -15,6 +15,7 @@ from train.data.documents import Document
 from train.data.stdlib import read_stdlib
 from train.errors import ConfigError
 from train.fields import shown
+from train.paths import with_home
 from train.reading import reading, regular
 from train.strays import is_stray
 
@@ -81,7 +82,7 @@ def find_files(field: str, path: str | None) -> Files:
 
 def _find(field: str, path: str) -> tuple[list[Path], int]:
     """The files that a path means, and how many of its folder were left out. `os.path` takes any text for a path."""
-    root = Path(os.path.expanduser(path))
+    root = Path(with_home(path))
     ignored = 0
     if os.path.isdir(root):
         below = _files_below(root)

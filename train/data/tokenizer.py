@@ -7,7 +7,7 @@ import codecs
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +43,13 @@ class Tokenizer(abc.ABC):
     separator: int
     name: str = TOKENIZER_FILE
     """The file that it came from, for errors."""
-    encoding_rules: int = 1
-    """Counts the ways in which moejax has made ids with such a tokenizer: the same file may give others since."""
+    encoding_changes: Mapping[int, str] = {}
+    """Since which rules the same file gives other ids, and to which text; the first rules are number 1."""
+
+    @property
+    def encoding_rules(self) -> int:
+        """Number of the rules by which moejax makes ids with such a tokenizer."""
+        return max(self.encoding_changes, default=1)
 
     @abc.abstractmethod
     def encode(self, text: str) -> np.ndarray:

@@ -12,6 +12,7 @@ from train.data.huggingface import HuggingFaceTokenizer
 from train.data.sources import find_files, read_documents
 from train.data.tokenizer import KIND_KEY, TOKENIZER_FILE, ByteTokenizer, CharTokenizer, Tokenizer
 from train.errors import ConfigError
+from train.paths import with_home
 from train.reading import reading, regular, without_panics
 
 _FIELD = "data.tokenizer"
@@ -29,7 +30,7 @@ def build_tokenizer(config: DataConfig) -> Tokenizer:
         return ByteTokenizer()
     if name == "char":
         return _char_tokenizer(config)
-    path = Path(os.path.expanduser(name))
+    path = Path(with_home(name))
     path = path / TOKENIZER_FILE if os.path.isdir(path) else path
     if os.path.exists(path):
         return _read(path, name)
