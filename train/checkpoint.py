@@ -19,6 +19,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -66,11 +67,25 @@ _FAULT = "fault: "  # how a process tells process 0 of an error instead of its h
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
-    """Orbax talks at length through absl, also about errors that are raised here anyway."""
-    return "orbax" not in record.pathname
+    """Orbax talks at length through absl and asyncio, also about errors that are raised here anyway."""
+    return "orbax" not in record.pathname and "orbax" not in record.getMessage()
 
 
-logging.getLogger("absl").addFilter(_not_from_orbax)
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_not_from_orbax)
+
+
+def _report_unraisable(args: sys.UnraisableHookArgs) -> None:
+    """Where a write fails, Orbax closes its event loop, to which the threads of its storage still report.
+
+    Each of them would print a traceback; the error itself is raised here anyway.
+    """
+    if str(args.exc_value) != "Event loop is closed":
+        _report_other_unraisable(args)
+
+
+_report_other_unraisable = sys.unraisablehook
+sys.unraisablehook = _report_unraisable
 
 
 class Checkpoints:

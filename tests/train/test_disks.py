@@ -41,6 +41,7 @@ def test_a_full_disk_and_one_that_cannot_be_written_to(tmp_path, disk):
     disk("rw")
     output = launching.run(*words, code=3)  # each of its checkpoints takes 5 MB
     assert re.search(r"^error: the checkpoint of step 12 .*No space left", output, re.M), output
+    assert "Traceback" not in output, output
     assert (workdir / "checkpoints" / "10").is_dir()
     disk("ro")
     output = launching.run(*words, code=2)
