@@ -334,7 +334,7 @@ def test_shadows_follow_the_running_load_and_stay_exact():
         assert (int(again.rounds) > 1) == needs_more
 
 
-@pytest.mark.slow
+@pytest.mark.landing
 def test_rows_compressed_to_8_bits_through_the_ragged_exchange_and_its_loop():
     x, dy = draw()
     mesh = moejax.make_mesh(expert=8)

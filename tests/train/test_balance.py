@@ -45,7 +45,7 @@ def bias_after(steps, layout, accumulation=1):
     return biases(trainer.state.params), expected, trainer
 
 
-@pytest.mark.slow
+@pytest.mark.landing
 def test_selection_bias_follows_the_load_and_nothing_else():
     bias, expected, trainer = bias_after(3, (2, 4))
     np.testing.assert_array_equal(bias, expected)

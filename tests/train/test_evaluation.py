@@ -93,7 +93,7 @@ def test_the_evaluation_of_what_becomes_the_last_step_is_made_whole(run):
     assert part["step"] == 2 and part["eval/loss"] != pytest.approx(whole, rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.landing
 def test_generation_is_greedy_at_temperature_0_and_equals_the_whole_forward(run, monkeypatch):
     assert run("--steps", 12, "--optimizer.warmup_steps", 1, "--optimizer.learning_rate", 0.01) == 0
     config, tokenizer = load_config(run.workdir / "config.yaml"), load_tokenizer(run.workdir)

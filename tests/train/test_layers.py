@@ -59,7 +59,7 @@ def four_and_eight(router, accumulation=1, **routing):
     return dataclasses.replace(run, model=dataclasses.replace(run.model, remat="full"))
 
 
-@pytest.mark.slow
+@pytest.mark.landing
 def test_layers_have_numbers_of_experts_of_their_own():
     run = four_and_eight("sigmoid", accumulation=2, bias_rate=0.01, balance_weight=0.01)
     validate(run, 2)

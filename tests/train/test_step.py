@@ -204,7 +204,7 @@ def test_a_host_callback_would_be_seen():
     assert "callback" in text
 
 
-@pytest.mark.slow
+@pytest.mark.landing
 def test_global_norm_counts_every_expert_once():
     run = small.config()
     norms = []
@@ -373,7 +373,7 @@ class Drawn(moejax.routing.TopK):
         return dataclasses.replace(routing, ids_TK=jnp.where(routing.valid_T[:, None], ids_TK, -1))
 
 
-@pytest.mark.slow
+@pytest.mark.landing
 def test_routers_get_token_ids_and_a_key_of_their_layer_and_step(monkeypatch):
     monkeypatch.setitem(moejax.routing.ROUTERS, "topk", Drawn)
     run = small.config(model=dataclasses.replace(small.config().model, num_layers=4))
