@@ -133,7 +133,8 @@ quick_tests_with() {
   cd "$work/tree"
 }
 
-# With Shardy, jax 0.11.2 ended the process over a scan of layers in test_expert_parallel.py; without it that file is untried.
+# test_expert_parallel.py compiles with jax 0.11.2 too, but three of its figures differ: under a product travel 19 of 32
+# exchanges instead of 22 (two tests), and a layer on one GPU keeps 173 MB where the formula has 340.
 gpu_new="tests/compile_gpu/test_grouped_matmul.py tests/compile_gpu/test_moe_layer.py tests/compile_gpu/test_train_step.py"
 
 # compile_for_gpus PYTHON JAX [PATH...]: tests/compile_gpu with one pair of Python and jax. It needs jax's CUDA plugin and
