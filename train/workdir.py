@@ -118,9 +118,8 @@ class Workdir:
           ConfigError: names the path. What `make` made is removed.
         """
         with self._removed_if_refused():
-            for name in (*_WRITTEN, *map(scratch_of, _REPLACED)):
-                _try_file(self.path, self.path / name)
-            for name in _REPLACED:  # not made for a trial: a kill would leave an empty one
+            for name in (*_WRITTEN, *_REPLACED, *map(scratch_of, _REPLACED)):
+                # Not made for a trial: a kill would leave an empty one, and who looks would see it come and go.
                 if os.path.lexists(self.path / name):
                     _try_file(self.path, self.path / name)
             for name in ("checkpoints", "logs", *["tensorboard"] * tensorboard):

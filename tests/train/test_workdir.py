@@ -139,3 +139,15 @@ def test_a_path_that_is_too_long_for_what_comes_below_it(tmp_path):
         folder = folder / ("d" * min(200, 4020 - len(str(folder))))
     assert refused(made(folder)).endswith(": File name too long; choose another workdir")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_file_is_made_for_a_trial(tmp_path, monkeypatch):
+    """Who waits for the run's metrics would see them come and go."""
+
+    def refused(*_):
+        raise AssertionError("a file is opened")
+
+    directory = Workdir(str(tmp_path / "run"), "small")
+    directory.make()
+    monkeypatch.setattr(os, "open", refused)
+    directory.require_places(tensorboard=True)
