@@ -145,9 +145,9 @@ def test_no_file_is_made_for_a_trial(tmp_path, monkeypatch):
     """Who waits for the run's metrics would see them come and go."""
 
     def refused(*_):
-        raise AssertionError("a file is opened")
+        raise AssertionError("a file is made")
 
     directory = Workdir(str(tmp_path / "run"), "small")
     directory.make()
-    monkeypatch.setattr(os, "open", refused)
+    monkeypatch.setattr("train.workdir._try_file", refused)
     directory.require_places(tensorboard=True)
