@@ -111,9 +111,7 @@ def refuse_unknown(router: str, options: Mapping[str, Any], layer: type) -> None
             rule += f"its options are {', '.join(known)}" if known else "it has none"
             others = [name for name in ROUTERS if option in router_options(name)]
             if others:
-                rule += (
-                    f"; {', '.join(others)} has it" if len(others) == 1 else f"; {', '.join(others)} have it"
-                )
+                rule += f"; it is an option of {', '.join(others)}"
             if near := difflib.get_close_matches(option, [*known, *own], n=1, cutoff=0.5):
                 rule += f"; the nearest argument of the layer is {near[0]}"
             raise BadArgument(option, value, rule)

@@ -12,7 +12,7 @@ from train.reading import reason
 
 
 def with_home(text: str) -> str:
-    """The path with `~` or `~user` at its beginning replaced, as it is where nobody knows that home.
+    """The path with `~` or `~user` at its beginning replaced; unchanged where nobody knows that home.
 
     An empty HOME is none: what is below it would be at the root of the disk.
     """

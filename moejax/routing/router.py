@@ -54,7 +54,7 @@ class Router(nnx.Module):
         key: jax.Array | None = None,
     ) -> Routing:
         """Route, in f32 whatever the dtype of x."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must say in __call__ how tokens choose")
 
     @checked(load_E=array("[E]"))
     def balance(self, load_E: jax.Array) -> None:

@@ -394,7 +394,9 @@ def test_options_of_a_router_are_refused_by_name_through_the_layer(router):
 
 
 def test_the_router_that_has_an_option_is_named():
-    with pytest.raises(ValueError, match=r"jitter = 0\.1: router topk has .* option; .*; switch has it"):
+    with pytest.raises(
+        ValueError, match=r"jitter = 0\.1: router topk has .* option; .*; it is an option of switch"
+    ):
         moejax.MoE(D, F, E, jitter=0.1, rngs=rngs())
 
 
