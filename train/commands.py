@@ -103,6 +103,7 @@ def _train(argument: str, options: Mapping[str, str]) -> int:
 
     import jax
 
+    from train.heartbeat import await_verdict
     from train.joining import join
     from train.loop import train
 
@@ -113,7 +114,10 @@ def _train(argument: str, options: Mapping[str, str]) -> int:
     except (OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
         text = str(error).partition("\n")[0] or type(error).__name__
         is_own = not isinstance(error, jax.errors.JaxRuntimeError) or text.startswith(_NO_MEMORY)
-        raise (TrainingFailed if is_own or jax.process_count() == 1 else OthersLost)(text) from error
+        if is_own or jax.process_count() == 1:
+            raise TrainingFailed(text) from error
+        await_verdict(text)
+        raise OthersLost(text) from error
     return 0
 
 

@@ -14,6 +14,18 @@ ENDING_SECONDS = 10
 CLOSE_SECONDS = 600
 """How long it may take otherwise: a slow disk may still have much to write."""
 
+_begun = threading.Event()
+
+
+def begin_to_end() -> None:
+    """This process has found why it ends, and is about to: what becomes of others is no reason any more."""
+    _begun.set()
+
+
+def is_ending() -> bool:
+    """Whether `begin_to_end` has been called."""
+    return _begun.is_set()
+
 
 def leave(error: RunError) -> None:
     """End the process with the code of an error that has been said, files closed or not."""
@@ -34,4 +46,5 @@ def end_soon(error: RunError) -> None:
         time.sleep(ENDING_SECONDS)
         end_at_once(error)
 
+    begin_to_end()
     threading.Thread(target=wait, name="ending", daemon=True).start()

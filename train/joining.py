@@ -10,23 +10,20 @@ import ctypes
 import logging
 import os
 import signal
-import socket
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import jax
 
-from train.clock import now, unless_done_within
+from train import heartbeat
+from train.clock import unless_done_within
 from train.errors import ConfigError
 from train.place import LAUNCHER, Place, find_place, gpu_of, open_mpi_place, slurm_place
 from train.streams import say
 
-HEARTBEAT_SECONDS = 30
-"""After so long without a sign of life a process counts as lost, and all others end."""
-LAUNCHED_HEARTBEAT_SECONDS = 7 * 24 * 3600
-"""The same under `moejax launch`, which sees by itself when a process ends: a suspended run gives no sign of life."""
+HEARTBEAT_SECONDS = 7 * 24 * 3600
+"""Limit of jax's own heartbeats, which count the time asleep; `train.heartbeat` notices who is lost."""
 PARTING_SECONDS = 30
 """How long a process that ends waits for the others to end too; then they count as told, and end."""
 CONNECT_SECONDS = 180
@@ -77,9 +74,7 @@ def join(options: Mapping[str, str], environment: Mapping[str, str] = os.environ
                 local_device_ids=gpu,
                 cluster_detection_method="deactivate",
                 initialization_timeout=2 * CONNECT_SECONDS,
-                heartbeat_timeout_seconds=(
-                    LAUNCHED_HEARTBEAT_SECONDS if LAUNCHER in environment else HEARTBEAT_SECONDS
-                ),
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
                 shutdown_timeout_seconds=PARTING_SECONDS,
                 coordinator_bind_address=place.listens_on,
             )
@@ -87,6 +82,7 @@ def join(options: Mapping[str, str], environment: Mapping[str, str] = os.environ
         reason = str(error).partition("\n")[0]
         rule = f"process {place.process_id} could not join there: {reason}"
         raise ConfigError("--coordinator", place.coordinator, rule) from error
+    heartbeat.begin(place.listens_on)
 
 
 def _end_with(launcher: int) -> None:
@@ -111,6 +107,7 @@ def _join_on_kubernetes() -> None:
             f"Kubernetes started processes, but they do not find each other ({error}); say where process 0 is"
         )
         raise ConfigError("--coordinator", "(nothing)", rule) from error
+    heartbeat.begin(None)
 
 
 @contextlib.contextmanager
@@ -158,13 +155,8 @@ def _give_up(place: Place) -> None:
 def _wait_for_coordinator(place: Place) -> None:
     """Try to reach the coordinator's port: jax would wait for minutes and end with a C++ stack."""
     host, _, port = place.coordinator.rpartition(":")
-    deadline, reason = now() + CONNECT_SECONDS, ""
-    while now() < deadline:
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
-            return
-        except OSError as error:
-            reason = error.strerror or str(error)
-        time.sleep(0.2)
-    rule = f"process {place.process_id} could not reach it within {CONNECT_SECONDS} s: {reason}"
-    raise ConfigError("--coordinator", place.coordinator, rule)
+    try:
+        heartbeat.reach(host.strip("[]"), int(port), CONNECT_SECONDS).close()
+    except TimeoutError as error:
+        rule = f"process {place.process_id} {error}"
+        raise ConfigError("--coordinator", place.coordinator, rule) from error

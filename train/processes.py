@@ -58,15 +58,10 @@ def compile_together(function: Any, *arguments: Any) -> Callable[..., Any]:
 def compile_now(function: Any, *arguments: Any) -> Callable[..., Any]:
     """As `compile_together`, but here and now also where there is only one process."""
     compiled = function.lower(*arguments).compile()
-    if jax.process_count() == 1:
-        return compiled
-    from orbax.checkpoint import multihost
-
-    # Named processes meet at the coordinator; unnamed ones would by a collective, with Gloo's limit.
-    everyone = set(range(jax.process_count()))
-    multihost.sync_global_processes(
-        f"compiled {next(_meetings)}", timeout=COMPILE_SECONDS, processes=everyone
-    )
+    if jax.process_count() > 1:
+        topic = new_topic("compiled")
+        exchange_texts("", topic)
+        tell_all("", topic)
     return compiled
 
 
@@ -76,13 +71,13 @@ def exchange_texts(mine: str, topic: str, seconds: float = COMPILE_SECONDS) -> l
     Through the coordinator, not through devices: no collective can time out while one process is late, and processes
     whose programs differ can still say so. Also for use beside the main thread.
     """
-    client, me = _client(), jax.process_index()
+    client, (me, count, _) = _client(), place()
     if me:
         client.key_value_set(f"moejax/{topic}/{me}", mine)
         return None
     deadline = now() + seconds
     texts = [mine]
-    for other in range(1, jax.process_count()):
+    for other in range(1, count):
         texts.append(_wait_for(f"moejax/{topic}/{other}", deadline))
         client.key_value_delete(f"moejax/{topic}/{other}")
     return texts
@@ -90,7 +85,7 @@ def exchange_texts(mine: str, topic: str, seconds: float = COMPILE_SECONDS) -> l
 
 def tell_all(text: str, topic: str, seconds: float = COMPILE_SECONDS) -> str:
     """Process 0's text, in every process; all must call, with the same topic, once."""
-    if jax.process_index() == 0:
+    if place()[0] == 0:
         _client().key_value_set(f"moejax/{topic}", text)
         return text
     return _wait_for(f"moejax/{topic}", now() + seconds)
@@ -118,10 +113,20 @@ def look(topic: str) -> dict[int, str]:
     return {int(key.rpartition("/")[2]): text for key, text in found}
 
 
+def place() -> tuple[int, int, str]:
+    """Number of this process, count of all, and host:port of the coordinator; known before jax has its devices."""
+    state = _state()
+    return state.process_id, state.num_processes, state.coordinator_address
+
+
 def _client() -> Any:
+    return _state().client
+
+
+def _state() -> Any:
     from jax._src import distributed  # jax has no public name for the coordinator's store
 
-    return distributed.global_state.client
+    return distributed.global_state
 
 
 def new_topic(name: str) -> str:

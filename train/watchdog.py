@@ -20,6 +20,7 @@ from types import TracebackType
 import jax
 
 from train import clock, processes
+from train.ending import begin_to_end
 from train.errors import TrainingFailed
 from train.streams import say
 
@@ -124,6 +125,7 @@ class Watchdog:
 
     def _give_up(self, waited: float) -> None:
         """Dump the stacks of this process, name those that are behind, end."""
+        begin_to_end()
         try:
             self._report(waited)
         finally:
