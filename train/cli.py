@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from train.cli_help import overview, show_help
 from train.commands import COMMANDS, use_cpu_devices
 from train.config import TrainConfig
-from train.ending import leave
-from train.errors import ConfigError, FailedTogether, RunError, SaveStuck, TrainingFailed
+from train.ending import leave, part
+from train.errors import ConfigError, RunError, SaveStuck, TrainingFailed
 from train.fields import leaf_types, nearest, shown, unknown_field
 from train.logs import logged_to
 from train.streams import drop_unread, mend_streams, output_named, say
@@ -21,7 +21,10 @@ from train.words import Words, take_apart
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command line and return its exit code: 0, 2 bad input, 3 failed in training, 128 + signal."""
+    """Run one command line and return its exit code: 0, 2 bad input, 3 failed in training, 128 + signal.
+
+    One process of several does not return from an error of its own: it tells the others, and waits for nobody.
+    """
     words = Words()
     mend_streams()
     try:
@@ -29,37 +32,50 @@ def main(argv: list[str] | None = None) -> int:
         with output_named(), _warnings_shown():
             code = _run(words)
             sys.stdout.flush()
+        part()
         return code
-    except RunError as error:
-        if words.traceback:
-            traceback.print_exc()
-        line = " ".join(str(error).split())
-        # Bytes of the command line that are no UTF-8 are shown as escapes.
-        say(f"error: {line.encode('utf-8', 'backslashreplace').decode()}")
-        if isinstance(error, TrainingFailed) and not isinstance(error, FailedTogether):
-            _leave_others(error)
-        return error.exit_code
-    except KeyboardInterrupt:
-        if words.traceback:
-            traceback.print_exc()
-        say("error: interrupted")
-        return 130
-    except BrokenPipeError:
-        return 141  # who read our output has gone (`moejax generate … | head`)
-    except Warning as error:
-        if words.traceback or not sys.warnoptions:
+    except (Exception, KeyboardInterrupt) as error:
+        failure = _failure_by(error)
+        if failure is None and not _has_joined():
             raise
-        line = " ".join(str(error).split())
-        rule = f"makes an error of a warning: {line}; unset it, or see --traceback"
-        say(f"error: {ConfigError('PYTHONWARNINGS', shown(','.join(sys.warnoptions)), rule)}")
-        return ConfigError.exit_code
-    except (OSError, MemoryError) as error:
-        if words.traceback:
+        if words.traceback or failure is None:
             traceback.print_exc()
-        say(f"error: {' '.join(str(error).split()) or type(error).__name__}")
-        return TrainingFailed.exit_code
+        failure = failure or RunError(f"{type(error).__name__}: {error}")
+        if line := " ".join(str(failure).split()):
+            # Bytes of the command line that are no UTF-8 are shown as escapes.
+            say(f"error: {line.encode('utf-8', 'backslashreplace').decode()}")
+        if failure.is_everybodys:
+            part()
+        elif isinstance(failure, SaveStuck) or _has_joined():
+            leave(failure)
+        return failure.exit_code
     finally:
         drop_unread()
+
+
+def _failure_by(error: BaseException) -> RunError | None:
+    """What is said of an exception; None: it is a bug, of which Python says it all."""
+    if isinstance(error, RunError):
+        return error
+    if isinstance(error, KeyboardInterrupt | BrokenPipeError):
+        # The second: who read our output has gone (`moejax generate … | head`).
+        told, code = ("interrupted", 130) if isinstance(error, KeyboardInterrupt) else ("", 141)
+        failure = RunError(told)
+        failure.exit_code = code
+        return failure
+    if isinstance(error, Warning) and sys.warnoptions:
+        line = " ".join(str(error).split())
+        rule = f"makes an error of a warning: {line}; unset it, or see --traceback"
+        return ConfigError("PYTHONWARNINGS", shown(",".join(sys.warnoptions)), rule)
+    if isinstance(error, OSError | MemoryError):
+        return TrainingFailed(" ".join(str(error).split()) or type(error).__name__)
+    return None
+
+
+def _has_joined() -> bool:
+    """Whether this is one of several processes, which end in order only together."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
 
 
 @contextlib.contextmanager
@@ -70,16 +86,6 @@ def _warnings_shown() -> Iterator[None]:
     handler.setLevel(logging.WARNING)
     with logged_to([handler]):
         yield
-
-
-def _leave_others(error: TrainingFailed) -> None:
-    """End at once where an end in order would first wait for others: for processes, or for a thread that is stuck.
-
-    Other processes cannot go on without this one, and find out by its silence or from whoever started them all.
-    """
-    jax = sys.modules.get("jax")
-    if isinstance(error, SaveStuck) or (jax is not None and jax.distributed.is_initialized()):
-        leave(error)
 
 
 def _run(words: Words) -> int:

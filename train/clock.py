@@ -66,8 +66,16 @@ class Clock:
             self.now()
 
 
-@functools.cache
+_making = threading.Lock()
+
+
 def _of_this_process() -> Clock:
+    with _making:  # threads that ask for the first time at once get the same one
+        return _make()
+
+
+@functools.cache
+def _make() -> Clock:
     clock = Clock()
     threading.Thread(target=clock.keep_looking, name="clock", daemon=True).start()
     return clock

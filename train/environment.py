@@ -18,7 +18,7 @@ log = logging.getLogger("moejax")
 
 MAX_CPU_DEVICES = 4096
 """More would take jax minutes to make."""
-OPEN_FILES, FEWEST_FILES = 4096, 128
+OPEN_FILES, FEWEST_FILES = 2**15, 128
 """Files that may be open at once: what is asked for, and below what nothing begins."""
 LEAST_KIBIBYTES = 2 * 2**20
 """The least address space: with less, jax does not load everywhere, though it only reserves most of it."""

@@ -15,9 +15,15 @@ def one_line(value: object, limit: int) -> str:
 
 
 class RunError(Exception):
-    """Base: `exit_code` is what the process ends with, the message is one line."""
+    """Base: the message is one line.
+
+    Fields:
+      exit_code: what the process ends with.
+      is_everybodys: every process of the run ends by this error, so that none needs to tell the others.
+    """
 
     exit_code = 1
+    is_everybodys = False
 
 
 class ConfigError(RunError):
@@ -60,6 +66,8 @@ class SaveStuck(TrainingFailed):
 class FailedTogether(TrainingFailed):
     """The same, in every process of the run: they end in order, each with this error's code."""
 
+    is_everybodys = True
+
 
 class NotFinite(FailedTogether):
     """A step gave NaN or Inf.
@@ -91,6 +99,8 @@ class OthersLost(TrainingFailed):
 
 class Interrupted(RunError):
     """A signal stopped the run after a checkpoint; the exit code is 128 + the signal's number."""
+
+    is_everybodys = True
 
     def __init__(self, signal_number: int, step: int):
         self.exit_code = 128 + signal_number

@@ -3,14 +3,14 @@
 jax has heartbeats too. They go by the clock on the wall, so they take a run that was suspended for lost when it wakes.
 These go by the time in which a process could work (`train.clock`), also between steps, where no watchdog looks.
 
-What is lost is told apart: a process that ends closes its connection. A node that is silent does not acknowledge what
-was sent. A process that is stopped gives no sign, while the system of its node still acknowledges everything.
+What is lost is told apart: a process that fails says why. One that is killed leaves a connection that ends. A node that
+is silent does not acknowledge what was sent. A process that is stopped gives no sign, while its system acknowledges.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
+import ipaddress
 import logging
 import platform
 import secrets
@@ -19,13 +19,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import jax
 
-from train import processes
+from train import ending, processes
 from train.clock import now
-from train.ending import end_at_once, is_ending
-from train.errors import ConfigError, OthersLost, RunError
+from train.errors import ConfigError, OthersLost, RunError, TrainingFailed
 
 SIGN_SECONDS = 5.0
 """How often each process gives a sign of life."""
@@ -33,20 +33,20 @@ NODE_SECONDS = 30.0
 """How long the system of another node may leave a sign unacknowledged; then the node, or the way to it, is lost."""
 SILENT_SECONDS = 300.0
 """After so long without a sign a process is lost. It may only wait for a disk that lets none of its threads run."""
-GRACE_SECONDS = 5.0
-"""How long a process that has found another one lost goes on: it may learn more, or end by an error of its own."""
-MEETING_SECONDS = 60.0
+REASON_SECONDS = 5.0
+"""How long process 0 goes on after it has found another one lost: it may end by a better reason."""
+ARRIVAL_SECONDS = 60.0
 """How long the processes may take to connect to process 0."""
 
 _POLL_SECONDS = 0.5
-_PARTING_SECONDS = (
-    1.0  # for the others to end by the verdict: jax aborts those that lose its coordinator, process 0
-)
-_HELLO_SECONDS, _LONGEST_HELLO = 5.0, 400
+# How long a process stays after its last words. They get lost if a sign that it has not read is left when it ends, and
+# jax aborts those that lose its coordinator, which is in process 0.
+_TOLD_SECONDS = 1.0
 _BACKLOG = 4096  # processes may come at the same time
-_NAMED = 8
-_TOPIC, _BYE, _LOST = "heartbeat", "bye", "lost "
-
+_LONGEST_HELLO = 400  # characters
+_NAMED = 8  # lost processes
+# Lines between processes; an empty one is a sign of life.
+_BYE, _FAILED, _VERDICT = "bye", "failed ", "verdict "
 
 log = logging.getLogger("moejax")
 
@@ -62,16 +62,20 @@ class Peer:
     Fields:
       gone: how its connection has ended without a goodbye; empty while it has not.
       has_left: it has ended in order.
-      verdict: what process 0 says ends the run; empty while it says nothing.
+      error: its own, by which it ends.
+      verdict: the error by which it says that all end.
     """
 
     def __init__(self, number: int, node: str, connection: socket.socket):
         self.number, self.node, self.connection = number, node, connection
-        self.gone, self.has_left, self.verdict = "", False, ""
+        self.gone, self.has_left = "", False
+        self.error: RunError | None = None
+        self.verdict: RunError | None = None
         self._heard_at, self._unread = now(), b""
         connection.setblocking(False)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux only
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * NODE_SECONDS))
+            milliseconds = round(1000 * NODE_SECONDS)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
     def send(self, line: str = "") -> None:
         """Send a line; an empty one is a sign of life."""
@@ -96,13 +100,29 @@ class Peer:
             return
         self._heard_at = now()
         *lines, self._unread = (self._unread + data).split(b"\n")
-        for line in map(bytes.decode, lines):
-            self.has_left = self.has_left or line == _BYE
-            if line.startswith(_LOST):
-                self.verdict = line.removeprefix(_LOST)
+        for line in (each.decode(errors="replace") for each in lines):
+            if line == _BYE:
+                self.has_left = True
+            elif line.startswith(_FAILED):
+                self.error = _error_in(line.removeprefix(_FAILED))
+            elif line.startswith(_VERDICT):
+                self.verdict = _error_in(line.removeprefix(_VERDICT))
+
+    def close(self) -> None:
+        """Close the connection so that the last line arrives: what is unread would make the system break it off."""
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(_TOLD_SECONDS)
+            while self.connection.recv(4096):
+                pass
+        self.connection.close()
 
     def lost(self) -> str:
         """Why it counts as lost; empty while it does not."""
+        if self.has_left:
+            return ""
+        if self.error is not None:
+            return f"failed: {self.error}"
         if self.gone or now() - self._heard_at <= SILENT_SECONDS:
             return self.gone
         return f"has given no sign of life for {SILENT_SECONDS:.0f} s"
@@ -115,95 +135,156 @@ class Peer:
             self.gone = self.gone or f"cannot be reached: {reason}; look at its node, and at the way to it"
 
 
+def _line_of(error: RunError) -> str:
+    return f"{error.exit_code} {' '.join(str(error).split())}"
+
+
+def _error_in(line: str) -> RunError:
+    """The error of `_line_of`. A code that is no bad input and no failure is that of processes which lost others."""
+    code, _, text = line.partition(" ")
+    return _error(int(code) if code.isdecimal() else 0, text)
+
+
+def _error(code: int, text: str) -> RunError:
+    error = OthersLost(text)
+    if code in (ConfigError.exit_code, TrainingFailed.exit_code):
+        error.exit_code = code
+    return error
+
+
 class Heartbeat:
     """A thread that gives signs of life to the peers, and ends this process when one of them is lost.
 
     Args:
       peers: all other processes, in process 0; that one, in the others.
-      count: processes of the run.
+      me: number of this process.
+      count: of all.
       end: is given the error that ends this process; replaced in tests.
     """
 
-    def __init__(self, peers: Sequence[Peer], count: int, end: Callable[[RunError], None] = end_at_once):
-        self._peers, self._count, self._end = list(peers), count, end
+    def __init__(
+        self,
+        peers: Sequence[Peer],
+        me: int,
+        count: int,
+        end: Callable[[RunError], None] = ending.end_at_once,
+    ):
+        self._peers, self._me, self._count, self._end = list(peers), me, count, end
         self._found_at = now()  # that somebody is lost; later and later while nobody is
-        self._leaves = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
+        self._verdict: RunError | None = None
+        self._parts, self._has_parted = threading.Event(), threading.Event()
+        self._said_goodbye = False
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
-    def leave(self) -> None:
-        """This process ends in order: the others may go on without it."""
-        self._leaves.set()
+    def part(self, seconds: float = ending.CLOSE_SECONDS) -> None:
+        """End in order: come back when all others do so too, or after so long.
+
+        jax waits for all of them again, but for half a minute on the clock on the wall.
+        """
+        deadline = now() + seconds
+        self._parts.set()
+        while self._thread.is_alive() and now() < deadline:
+            self._has_parted.wait(_POLL_SECONDS)
+        self._has_parted.set()
         self._thread.join()
         for peer in self._peers:
-            peer.send(_BYE)
-            peer.connection.close()
+            peer.close()
+
+    def tell(self, error: RunError) -> None:
+        """Tell the others the error by which this process ends; come back when they have had time to hear it."""
+        line = (_VERDICT if error is self._verdict else _FAILED) + _line_of(error)
+        for peer in self._peers:
+            peer.send(line)
+        if any(not peer.gone for peer in self._peers):
+            time.sleep(_TOLD_SECONDS)
+
+    def _run(self) -> None:
+        try:
+            self._watch()
+        except Exception as error:  # without its signs all would end in a while, and nobody would know why
+            self._end(TrainingFailed(f"the heartbeat has failed: {type(error).__name__}: {error}"))
 
     def _watch(self) -> None:
+        signed_at: float | None = None
         with selectors.DefaultSelector() as selector:
             for peer in self._peers:
                 selector.register(peer.connection, selectors.EVENT_READ, peer)
-            signed_at: float | None = None
-            while not (self._leaves.is_set() or self._ends_the_run()):
+            while not self._has_parted.is_set():
                 if signed_at is None or now() - signed_at >= SIGN_SECONDS:
                     signed_at = now()
                     for peer in self._peers:
                         peer.send()
-                for key, _ in selector.select(_POLL_SECONDS):
+                for key, _ in selector.select(0):
                     key.data.hear()
                     if key.data.gone or key.data.has_left:
                         selector.unregister(key.fileobj)
+                self._verdict = None if ending.is_ending() else self._judge()
+                if self._verdict is not None:
+                    self._end(self._verdict)
+                    return
+                # Not in `select`: process 0 would look through its peers at each sign of each of them.
+                if self._parts.wait(_POLL_SECONDS):
+                    self._say_goodbye()
+                    time.sleep(_POLL_SECONDS / 10)
 
-    def _ends_the_run(self) -> bool:
-        """End this process, and tell the others, if somebody has been lost for long enough or process 0 says so."""
-        verdict = next((peer.verdict for peer in self._peers if peer.verdict), "")
-        lost = [peer for peer in self._peers if peer.lost() and not peer.has_left]
+    def _say_goodbye(self) -> None:
+        """Process 0 says it last, so that who has heard it knows that all have ended in order."""
+        all_have = all(peer.has_left for peer in self._peers)
+        if not self._said_goodbye and (self._me != 0 or all_have):
+            self._said_goodbye = True
+            for peer in self._peers:
+                peer.send(_BYE)
+        if all_have:
+            self._has_parted.set()
+
+    def _judge(self) -> RunError | None:
+        """The error that ends this process, if that of others is one."""
+        for peer in self._peers:
+            if peer.verdict is not None:
+                return peer.verdict
+        lost = [(peer, why) for peer in self._peers if (why := peer.lost())]
         if not lost:
             self._found_at = now()
-        elif now() - self._found_at > GRACE_SECONDS:
-            verdict = verdict or self._describe(lost)
-        if not verdict or is_ending():
-            return False
-        for peer in self._peers:
-            peer.send(_LOST + verdict)
-        if len(self._peers) > len(lost):
-            time.sleep(_PARTING_SECONDS)
-        self._end(OthersLost(verdict))
-        return True
-
-    def _describe(self, lost: Sequence[Peer]) -> str:
-        """Who is lost, and how, as one line."""
-        named = [f"process {peer.number} of {self._count} (on {peer.node}) {peer.lost()}" for peer in lost]
+            return None
+        has_failed = self._me != 0 and self._peers[0].error  # process 0, and its coordinator ends with it
+        if not has_failed and now() - self._found_at <= REASON_SECONDS:
+            return None
+        named = [f"process {peer.number} of {self._count} (on {peer.node}) {why}" for peer, why in lost]
         if len(named) > _NAMED:
             named[_NAMED:] = [f"and {len(named) - _NAMED} more"]
-        return f"{', '.join(named)}; the same command goes on from the last checkpoint"
+        text, failed = ", ".join(named), next((peer.error for peer, _ in lost if peer.error), None)
+        if failed is not None:
+            return _error(failed.exit_code, text)
+        return OthersLost(f"{text}; the same command goes on from the last checkpoint")
 
 
 def begin(listens_on: str | None) -> None:
     """Connect this process with process 0 and watch it from now on; in process 0, with all others.
 
     Args:
-      listens_on: host:port at which process 0 has its coordinator; it takes a further port of that host, of all
-        addresses where it is None.
+      listens_on: host:port at which process 0 has its coordinator, if not at all addresses.
 
     Raises:
       ConfigError: a process cannot be reached.
+      OthersLost: process 0 has ended.
     """
-    me, count, coordinator = processes.place()
-    host = coordinator.rpartition(":")[0].strip("[]")
+    me, count, coordinator = processes.identity()
     if count == 1:
         return
+    host = coordinator.rpartition(":")[0].strip("[]")
     try:
         if me == 0:
-            with _listener(listens_on and host) as listener:
+            with _listener(host if listens_on else None) as listener:
                 peers = _gather(listener, count)
         else:
             peers = [_connect(host, me)]
-    except (OSError, jax.errors.JaxRuntimeError) as error:  # the second: process 0 tells nothing
-        reason = str(error).partition("\n")[0]
-        rule = f"process {me} of {count}: {reason}; besides this port its node must have others open to the others"
+    except TimeoutError as error:
+        rule = f"process {me} of {count}: {error}; the node of process 0 must let the others in at any port"
         raise ConfigError("--coordinator", coordinator, rule) from error
-    atexit.register(Heartbeat(peers, count).leave)
+    except jax.errors.JaxRuntimeError as error:
+        raise OthersLost(f"process 0 of {count} tells nothing: {str(error).partition(chr(10))[0]}") from error
+    ending.join_others(Heartbeat(peers, me, count))
 
 
 def await_verdict(symptom: str) -> None:
@@ -213,7 +294,9 @@ def await_verdict(symptom: str) -> None:
       symptom: how this process has noticed that something is wrong.
     """
     log.warning("%s; looking for a process that is lost", symptom)
-    time.sleep(GRACE_SECONDS + 2 * _PARTING_SECONDS + 2 * _POLL_SECONDS)
+    deadline = now() + SIGN_SECONDS + NODE_SECONDS + REASON_SECONDS + 2 * _TOLD_SECONDS
+    while now() < deadline:
+        time.sleep(_POLL_SECONDS)
 
 
 def reach(host: str, port: int, seconds: float) -> socket.socket:
@@ -229,7 +312,7 @@ def reach(host: str, port: int, seconds: float) -> socket.socket:
         except OSError as error:
             reason = error.strerror or str(error)
         time.sleep(0.2)
-    raise TimeoutError(f"could not reach port {port} within {seconds} s: {reason}")
+    raise TimeoutError(f"could not reach port {port} within {seconds:.0f} s: {reason}")
 
 
 def _connect(host: str, me: int) -> Peer:
@@ -238,17 +321,20 @@ def _connect(host: str, me: int) -> Peer:
     Raises:
       TimeoutError: it cannot be reached.
     """
-    port, token, node = processes.tell_all("", _TOPIC, MEETING_SECONDS).split(" ", 2)
-    connection = reach(host, int(port), MEETING_SECONDS)
-    connection.sendall(f"{token} {me} {platform.node()}\n".encode())
+    port, token, node = processes.tell_all("", "heartbeat", ARRIVAL_SECONDS).split(" ", 2)
+    with contextlib.ExitStack() as opened:
+        connection = opened.enter_context(reach(host, int(port), ARRIVAL_SECONDS))
+        connection.sendall(f"{token} {me} {platform.node()}\n".encode())
+        opened.pop_all()
     return Peer(0, node, connection)
 
 
 def _listener(host: str | None) -> socket.socket:
-    """A socket that listens at a free port of this host; of all addresses where there is none."""
+    """A socket that listens at a free port: of all addresses, or of the loopback if that is what the host is."""
     if host:
         family, *_, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+        if ipaddress.ip_address(address[0]).is_loopback:
+            return socket.create_server((address[0], 0), family=family, backlog=_BACKLOG)
     try:
         return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=_BACKLOG)
     except (OSError, ValueError):  # no IPv6
@@ -263,33 +349,49 @@ def _gather(listener: socket.socket, count: int) -> list[Peer]:
     """
     token = secrets.token_hex(16)
     port = listener.getsockname()[1]
-    processes.tell_all(f"{port} {token} {platform.node()}", _TOPIC)
+    processes.tell_all(f"{port} {token} {platform.node()}", "heartbeat")
     peers: dict[int, Peer] = {}
-    deadline = now() + MEETING_SECONDS
-    listener.settimeout(_POLL_SECONDS)
-    with contextlib.ExitStack() as opened:
+    deadline = now() + ARRIVAL_SECONDS
+    listener.setblocking(False)
+    with contextlib.ExitStack() as opened, selectors.DefaultSelector() as selector:
+        selector.register(listener, selectors.EVENT_READ)
         while len(peers) < count - 1:
             if now() > deadline:
                 missing = sorted(set(range(1, count)) - set(peers))
                 named = ", ".join(map(str, missing[:_NAMED])) + (" and more" if len(missing) > _NAMED else "")
-                raise TimeoutError(f"process {named} did not come to port {port} within {MEETING_SECONDS} s")
-            with contextlib.suppress(TimeoutError):
-                connection = opened.enter_context(listener.accept()[0])
-                hello = _first_line(connection).split(" ", 2)
-                if len(hello) == 3 and secrets.compare_digest(hello[0].encode(), token.encode()):
-                    number = int(hello[1])
-                    peers[number] = Peer(number, hello[2], connection)
-                else:
-                    connection.close()
+                raise TimeoutError(
+                    f"no sign of process {named} at port {port} within {ARRIVAL_SECONDS:.0f} s"
+                )
+            for key, _ in selector.select(_POLL_SECONDS):
+                come = cast(socket.socket, key.fileobj)
+                if come is listener:
+                    with contextlib.suppress(OSError):  # who came has gone again
+                        connection = opened.enter_context(listener.accept()[0])
+                        connection.setblocking(False)
+                        selector.register(connection, selectors.EVENT_READ, bytearray())
+                elif (hello := _hello(come, key.data)) is not None:
+                    selector.unregister(come)
+                    known, number, node = (*hello.split(" ", 2), "", "")[:3]
+                    if secrets.compare_digest(known.encode(), token.encode()):
+                        peers[int(number)] = Peer(int(number), node, come)
+                    else:
+                        come.close()
+        for key in list(selector.get_map().values()):
+            if key.fileobj is not listener:
+                cast(socket.socket, key.fileobj).close()  # it has said nothing so far
         opened.pop_all()
     return list(peers.values())
 
 
-def _first_line(connection: socket.socket) -> str:
-    """What comes before the first end of a line, within `_HELLO_SECONDS`; nothing from a stranger."""
-    connection.settimeout(_HELLO_SECONDS)
-    line = b""
-    with contextlib.suppress(OSError):
-        while not line.endswith(b"\n") and len(line) < _LONGEST_HELLO and (data := connection.recv(1)):
-            line += data
-    return line.decode(errors="replace").rstrip("\n")
+def _hello(connection: socket.socket, unread: bytearray) -> str | None:
+    """The first line that comes over a connection: None as long as there is more to come, empty from a stranger."""
+    try:
+        data = connection.recv(_LONGEST_HELLO)
+    except BlockingIOError:
+        return None
+    except OSError:
+        return ""
+    unread += data
+    if b"\n" in unread:
+        return unread.partition(b"\n")[0].decode(errors="replace")
+    return "" if not data or len(unread) > _LONGEST_HELLO else None

@@ -66,6 +66,7 @@ class Worker:
         self, number: int, command: Sequence[str], environment: Mapping[str, str], log: pathlib.Path | None
     ):
         self.number, self.log = number, log
+        self.was_left = False  # it still ran when the others had ended for its sake
         self.last_lines: collections.deque[str] = collections.deque(maxlen=LAST_LINES)
         # A group of its own: Ctrl-C reaches the launcher alone, which passes it on once.
         self.process = subprocess.Popen(
@@ -94,7 +95,8 @@ class Worker:
         assert self.process.stdout is not None
         waiting: list[str] = []
         for line in itertools.chain(self.process.stdout, [""]):
-            self.last_lines.extend([line.rstrip()] if line else [])
+            if line and not line.startswith(_NOISE):
+                self.last_lines.append(line.rstrip())
             waiting.append(line)
             # Whatever the disk says: a process whose output nobody reads stops.
             with contextlib.suppress(OSError):
@@ -169,7 +171,8 @@ def launch(words: Sequence[str], processes: int, devices: int | None) -> int:
             say("\n".join(dead.last_lines))
         return code
     shown = "".join(f" | {line}" for line in dead.last_lines)
-    raise TrainingFailed(f"process {dead.number} of {processes} ended with code {code}{shown}")
+    how = "did not end when the others had, and was killed" if dead.was_left else f"ended with code {code}"
+    raise TrainingFailed(f"process {dead.number} of {processes} {how}{shown}")
 
 
 @contextlib.contextmanager
@@ -266,10 +269,15 @@ def _stop_all(workers: Sequence[Worker], first: Worker) -> Worker:
     deadline = now() + GRACE_SECONDS
     while now() < deadline and any(worker.process.poll() is None for worker in workers):
         time.sleep(0.05)
+    left = [worker for worker in workers if worker.process.poll() is None]
     ended = [worker for worker in (first, *workers) if worker.process.poll() not in (0, None, *_STOPPED)]
     for worker in workers:
         worker.signal(signal.SIGKILL)
-    return min(ended, key=lambda worker: _likelihood(worker.process.returncode))
+    cause = min(ended, key=lambda worker: _likelihood(worker.process.returncode))
+    if left and cause.process.returncode in _VICTIM:
+        cause = left[0]
+        cause.was_left = True
+    return cause
 
 
 def _likelihood(code: int) -> int:

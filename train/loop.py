@@ -17,6 +17,7 @@ from train.checkpoint import Checkpoints
 from train.config import TrainConfig
 from train.config_io import earlier_config, refuse_other_run, save_config
 from train.data import Corpus, TokenStream, TrainingBatches
+from train.ending import closing_after_errors
 from train.errors import ConfigError, Interrupted, NotFinite
 from train.evaluator import Evaluator, is_due, is_owed
 from train.feed import abstract_batch, device_batch, process_rows
@@ -122,6 +123,7 @@ def _train(config: TrainConfig, directory: Workdir, failure: NotFinite | None) -
         watchdog = stack.enter_context(
             Watchdog(workdir, factor=config.log.stall_factor, seconds=config.log.stall_seconds)
         )
+        stack.enter_context(closing_after_errors())
         reporter = Reporter(monitor, program.spec, mesh, checkpoints.describe, watchdog)
         for record in warnings:
             log.handle(record)

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from train import clock
 from train.config import LogConfig
-from train.ending import CLOSE_SECONDS, end_at_once
+from train.ending import CLOSE_SECONDS, end_at_once, note_by
 from train.errors import RunError, TrainingFailed
 from train.logs import logged_to
 from train.metrics import EVALUATION, FILE_NAME, LAYERS, Metrics
@@ -72,6 +72,7 @@ class Monitor:
         self._logging = contextlib.ExitStack()
         self._logging.enter_context(logged_to([self._file_handler, self._terminal_handler]))
         self._last_step, self._last_time = start_step, clock.now()
+        note_by(self._note)
 
     def __enter__(self) -> Monitor:
         """Close at the end of the block."""
@@ -88,11 +89,14 @@ class Monitor:
         stuck = error if isinstance(error, RunError) else TrainingFailed(rule)
         with clock.unless_done_within(CLOSE_SECONDS, lambda: end_at_once(stuck)):
             if error is not None:
-                # Only there: the terminal gets its line from whoever handles the error.
-                text = f"ended by {type(error).__name__}: {' '.join(str(error).split())}"
-                record = self._logger.makeRecord("moejax", logging.ERROR, "", 0, text, (), None)
-                self._file_handler.handle(record)
+                self._note(error)
             self.close()
+
+    def _note(self, error: BaseException) -> None:
+        """Write into `log.txt` alone what ends the run: the terminal gets its line from whoever handles the error."""
+        text = f"ended by {type(error).__name__}: {' '.join(str(error).split())}"
+        record = self._logger.makeRecord("moejax", logging.ERROR, "", 0, text, (), None)
+        self._file_handler.handle(record)  # opens the file again after `close`
 
     def train(self, step: int, metrics: Mapping[str, float], layers: Mapping[str, Any] | None = None) -> None:
         """Report a logged step; with the numbers of each MoE layer (`moe/layers/...`), if it is one of those that do.

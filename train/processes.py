@@ -71,7 +71,7 @@ def exchange_texts(mine: str, topic: str, seconds: float = COMPILE_SECONDS) -> l
     Through the coordinator, not through devices: no collective can time out while one process is late, and processes
     whose programs differ can still say so. Also for use beside the main thread.
     """
-    client, (me, count, _) = _client(), place()
+    client, (me, count, _) = _client(), identity()
     if me:
         client.key_value_set(f"moejax/{topic}/{me}", mine)
         return None
@@ -85,7 +85,7 @@ def exchange_texts(mine: str, topic: str, seconds: float = COMPILE_SECONDS) -> l
 
 def tell_all(text: str, topic: str, seconds: float = COMPILE_SECONDS) -> str:
     """Process 0's text, in every process; all must call, with the same topic, once."""
-    if place()[0] == 0:
+    if identity()[0] == 0:
         _client().key_value_set(f"moejax/{topic}", text)
         return text
     return _wait_for(f"moejax/{topic}", now() + seconds)
@@ -113,7 +113,7 @@ def look(topic: str) -> dict[int, str]:
     return {int(key.rpartition("/")[2]): text for key, text in found}
 
 
-def place() -> tuple[int, int, str]:
+def identity() -> tuple[int, int, str]:
     """Number of this process, count of all, and host:port of the coordinator; known before jax has its devices."""
     state = _state()
     return state.process_id, state.num_processes, state.coordinator_address
@@ -167,7 +167,13 @@ def refusing_together() -> Iterator[None]:
     if len(first) == 1:
         raise FailedTogether(first[0] if is_mine else f"process {number}: {first[0]}") from mine
     field, value, rule = first
-    raise ConfigError(field, value, rule if is_mine else f"{rule} (seen by process {number})") from mine
+    raise _everybodys(field, value, rule if is_mine else f"{rule} (seen by process {number})") from mine
+
+
+def _everybodys(field: str, value: object, rule: str) -> ConfigError:
+    error = ConfigError(field, value, rule)
+    error.is_everybodys = True
+    return error
 
 
 def require_agreement(texts: Mapping[str, str]) -> None:
@@ -190,7 +196,7 @@ def require_agreement(texts: Mapping[str, str]) -> None:
         mine = texts.get(name, "(no such field)")
         listed = ", ".join(map(str, numbers[:8])) + (" and more" if len(numbers) > 8 else "")
         rule = f"must be the same in every process, but that of process {listed} is not that of process 0"
-        raise ConfigError(name, shown(f"{mine} in process {jax.process_index()}"), rule)
+        raise _everybodys(name, shown(f"{mine} in process {jax.process_index()}"), rule)
 
 
 def _differing(everyone: list[dict[str, str]]) -> dict[str, list[int]]:

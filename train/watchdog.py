@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import os
 import statistics
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
 import jax
 
 from train import clock, processes
-from train.ending import begin_to_end
-from train.errors import TrainingFailed
-from train.streams import say
+from train.ending import begin_to_end, end_at_once
+from train.errors import RunError, TrainingFailed
 
 KEPT = 64
 """Number of step times; the limit goes by their median."""
@@ -33,6 +32,8 @@ WRITE_SECONDS = 10.0
 """How long the stacks may take to be written: the step may wait for the very disk that they go to."""
 MEETING_SECONDS = 5.0
 """How long a process that gives up waits for the others to say where they are."""
+REPORT_SECONDS = WRITE_SECONDS + 3 * MEETING_SECONDS
+"""How long it may take to give up: the coordinator may not answer either."""
 
 _TOPIC = "standing"
 
@@ -48,11 +49,11 @@ class Watchdog:
       workdir: the stacks go to `logs/stacks-<process>.txt` there, and to the process's own output.
       factor: how many times the median of a step is too long; 0: nothing is watched.
       seconds: what is never too long.
-      end: is given the exit code; replaced in tests.
+      end: is given the error that ends the process; replaced in tests.
     """
 
     def __init__(
-        self, workdir: Path, *, factor: float, seconds: float, end: Callable[[int], None] = os._exit
+        self, workdir: Path, *, factor: float, seconds: float, end: Callable[[RunError], None] = end_at_once
     ):
         self._path = workdir / "logs" / f"stacks-{jax.process_index()}.txt"
         self._factor, self._floor, self._end = factor, seconds, end
@@ -125,28 +126,28 @@ class Watchdog:
 
     def _give_up(self, waited: float) -> None:
         """Dump the stacks of this process, name those that are behind, end."""
-        begin_to_end()
-        try:
-            self._report(waited)
-        finally:
-            self._end(TrainingFailed.exit_code)
+        begin_to_end(2 * REPORT_SECONDS)
+        late = f"step {self._finished + 1} has not ended after {waited:.0f} s"
+        after = "the same command goes on from the last checkpoint"
+        error = TrainingFailed(f"{late}, and the coordinator does not answer; {after}")
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator has ended
+            with clock.unless_done_within(REPORT_SECONDS, partial(self._end, error)):
+                stacks, others = self._dump_stacks(), self._who_is_behind()
+                if jax.process_count() > 1 and processes.is_first():
+                    time.sleep(MEETING_SECONDS)  # the others still need the coordinator, which lives here
+            error = TrainingFailed(f"{late}{others}; {stacks}; {after}")
+        self._end(error)
 
-    def _report(self, waited: float) -> None:
+    def _dump_stacks(self) -> str:
+        """Where the stacks are, in words."""
         writing = threading.Thread(target=self._write_stacks, daemon=True)
         writing.start()
         writing.join(WRITE_SECONDS)
         with contextlib.suppress(OSError, ValueError):  # no real file, as under a notebook
             faulthandler.dump_traceback(sys.stderr)
-        stacks = f"all stacks are in {self._path.parent}"
         if writing.is_alive():
-            stacks = f"no stacks could be written to {self._path.parent}, look at the disk"
-        say(
-            f"error: step {self._finished + 1} has not ended after {waited:.0f} s"
-            f"{self._who_is_behind()}; {stacks}; the same command goes on "
-            "from the last checkpoint"
-        )
-        if jax.process_count() > 1 and processes.is_first():
-            time.sleep(MEETING_SECONDS)  # the others still need the coordinator, which lives here
+            return f"no stacks could be written to {self._path.parent}, look at the disk"
+        return f"all stacks are in {self._path.parent}"
 
     def _write_stacks(self) -> None:
         with contextlib.suppress(OSError):
@@ -174,4 +175,4 @@ def behind(standing: dict[int, int], count: int) -> str:
         f"process {number} is at step {step}" for number, step in sorted(standing.items()) if step < newest
     ]
     late += [f"process {number} gives no sign" for number in range(count) if number not in standing]
-    return f": others have begun step {newest}, {', '.join(late[:8])}" if late else ", which all have begun"
+    return f": step {newest} has been begun, {', '.join(late[:8])}" if late else ", which all have begun"

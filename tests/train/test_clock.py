@@ -1,5 +1,6 @@
 """Time asleep is no time at work, wherever time is measured."""
 
+import functools
 import logging
 import os
 import signal
@@ -216,6 +217,23 @@ def test_a_block_that_ends_at_the_last_moment_was_in_time(monkeypatch):
     left.set()
     thread.join(20)
     assert len(looks) == 3 and not thread.is_alive() and not said
+
+
+def test_threads_that_ask_at_the_same_time_get_the_same_clock(monkeypatch):
+    made, start = [], threading.Barrier(8)
+
+    def slow():
+        made.append(None)
+        time.sleep(0.05)
+        return Clock()
+
+    monkeypatch.setattr(clock, "_make", functools.cache(slow))
+    threads = [threading.Thread(target=lambda: (start.wait(), clock.now())) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1
 
 
 SUSPENDED = """

@@ -158,7 +158,7 @@ def test_a_driver_that_does_not_answer(monkeypatch):
         require_devices()
 
 
-@pytest.mark.parametrize(("most", "asked"), [(resource.RLIM_INFINITY, 4096), (1024, 1024)])
+@pytest.mark.parametrize(("most", "asked"), [(resource.RLIM_INFINITY, 32768), (1024, 1024)])
 def test_more_files_are_asked_for(monkeypatch, most, asked):
     limits = {resource.RLIMIT_NOFILE: (64, most), resource.RLIMIT_AS: (-1, -1)}
     monkeypatch.setattr(resource, "getrlimit", limits.get)

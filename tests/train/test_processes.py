@@ -285,6 +285,18 @@ def test_a_killed_or_failed_process_is_likelier_the_cause_than_one_that_lost_the
         launch.launch(["train", "--workdir", str(tmp_path / "run")], processes=2, devices=1)
 
 
+def test_a_process_that_is_stopped_is_the_cause_when_all_others_are_victims(tmp_path, monkeypatch):
+    program = tmp_path / "program"
+    program.write_text('#!/bin/sh\n[ "$MOEJAX_PROCESS_ID" = 1 ] && kill -STOP $$\nsleep 0.3; exit 134\n')
+    program.chmod(0o700)
+    monkeypatch.setattr(launch.sys, "executable", str(program))
+    monkeypatch.setattr(launch, "GRACE_SECONDS", 2)
+    with pytest.raises(
+        TrainingFailed, match="process 1 of 3 did not end when the others had, and was killed"
+    ):
+        launch.launch(["train", "--workdir", str(tmp_path / "run")], processes=3, devices=1)
+
+
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_signal_that_comes_while_workers_start_reaches_them_all(monkeypatch, times):
     workers = []
@@ -604,7 +616,7 @@ def test_a_process_that_does_not_arrive_is_named_and_all_end(config, tmp_path):
     output = process.communicate(timeout=180)[0]
     assert process.returncode == 3, output
     found = re.search(
-        r"step (\d+) has not ended after \d+ s: others have begun step (\d+), process 1 is at step (\d+)",
+        r"step (\d+) has not ended after \d+ s: step (\d+) has been begun, process 1 is at step (\d+)",
         output,
     )
     assert found and int(found[3]) < int(found[2]) <= 41, output

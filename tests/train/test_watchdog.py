@@ -4,6 +4,7 @@ import os
 import re
 import threading
 
+import jax
 import pytest
 
 from train import watchdog
@@ -60,10 +61,10 @@ def test_pauses_do_not_count(tmp_path, clock):
 
 def test_a_step_that_never_ends(tmp_path, capfd):
     ended = threading.Event()
-    codes = []
+    errors = []
 
-    def end(code):
-        codes.append(code)
+    def end(error):
+        errors.append(error)
         ended.set()
 
     with Watchdog(tmp_path, factor=2, seconds=0.2, end=end) as dog:
@@ -71,25 +72,56 @@ def test_a_step_that_never_ends(tmp_path, capfd):
         for step in (1, 2, 3):
             dog.finished(step)
         assert ended.wait(30)
-    assert codes == [3]
-    assert re.search(
-        r"^error: step 4 has not ended after \d+ s; all stacks are in", capfd.readouterr().err, re.M
-    )
+    (error,) = errors
+    assert error.exit_code == 3
+    assert re.match(r"step 4 has not ended after \d+ s; all stacks are in", str(error))
+    assert "test_a_step_that_never_ends" in capfd.readouterr().err
     assert "test_a_step_that_never_ends" in (tmp_path / "logs" / "stacks-0.txt").read_text()
 
 
-def test_stacks_do_not_wait_for_a_disk_that_does_not_answer(tmp_path, capfd, monkeypatch):
+def test_stacks_do_not_wait_for_a_disk_that_does_not_answer(tmp_path, monkeypatch):
     monkeypatch.setattr(watchdog, "WRITE_SECONDS", 0.2)
     (tmp_path / "logs").mkdir()
     os.mkfifo(tmp_path / "logs" / "stacks-0.txt")  # whoever opens it waits for a reader
-    ended = threading.Event()
-    with Watchdog(tmp_path, factor=2, seconds=0.2, end=lambda code: ended.set()) as dog:
+    ended, errors = threading.Event(), []
+
+    def end(error):
+        errors.append(str(error))
+        ended.set()
+
+    with Watchdog(tmp_path, factor=2, seconds=0.2, end=end) as dog:
         for step in range(4):
             dog.finished(step)
         was_in_time = ended.wait(20)
         os.close(os.open(tmp_path / "logs" / "stacks-0.txt", os.O_RDONLY | os.O_NONBLOCK))
     assert was_in_time
-    assert f"; no stacks could be written to {tmp_path}/logs, look at the disk; " in capfd.readouterr().err
+    assert f"; no stacks could be written to {tmp_path}/logs, look at the disk; " in errors[0]
+
+
+@pytest.mark.parametrize("how", ["silent", "gone"])
+def test_a_coordinator_that_does_not_answer_holds_nobody(tmp_path, monkeypatch, how):
+    monkeypatch.setattr(watchdog, "REPORT_SECONDS", 0.5)
+    monkeypatch.setattr(watchdog.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(watchdog.processes, "look", lambda topic: {0: "4", 1: "4"})
+    answers, ended, errors = threading.Event(), threading.Event(), []
+
+    def put(topic, text):
+        if how == "gone":
+            raise jax.errors.JaxRuntimeError("UNAVAILABLE: connection reset")
+        answers.wait(60)
+
+    def end(error):
+        errors.append(str(error))
+        ended.set()
+
+    monkeypatch.setattr(watchdog.processes, "put", put)
+    with Watchdog(tmp_path, factor=2, seconds=0.2, end=end) as dog:
+        for step in range(4):
+            dog.finished(step)
+        was_in_time = ended.wait(20)
+        answers.set()
+        dog._thread.join(20)
+    assert was_in_time and ", and the coordinator does not answer; the same command" in errors[0]
 
 
 def test_nothing_is_watched_when_it_is_switched_off(tmp_path):
@@ -101,8 +133,8 @@ def test_nothing_is_watched_when_it_is_switched_off(tmp_path):
     ("standing", "text"),
     [
         ({0: 7, 1: 7}, ", which all have begun"),
-        ({0: 9, 1: 7}, ": others have begun step 9, process 1 is at step 7"),
-        ({0: 9}, ": others have begun step 9, process 1 gives no sign"),
+        ({0: 9, 1: 7}, ": step 9 has been begun, process 1 is at step 7"),
+        ({0: 9}, ": step 9 has been begun, process 1 gives no sign"),
     ],
 )
 def test_who_is_behind(standing, text):
