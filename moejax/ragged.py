@@ -15,9 +15,11 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from custom_ops import make_plan, permute, unpermute
+from custom_ops.target import target
 from custom_ops.varying import vary_like
 from moejax.exchange import Arrived
 from moejax.kept import account
+from moejax.order import waiting
 from moejax.wire import pack_choices, send, send_back, unpack_choices
 
 
@@ -104,9 +106,10 @@ def _lanes(count_P: jax.Array, axis: str, capacity: int) -> tuple[Lanes, Lanes]:
 def _exchange(axis: str, num_rows: int, rows: jax.Array, there: Lanes, back: Lanes) -> jax.Array:
     """[num_rows, ...]: the rows that arrive, zeros elsewhere. Its gradient takes the opposite way."""
     empty = vary_like(jnp.zeros((num_rows, *rows.shape[1:]), rows.dtype), rows)
-    return jax.lax.platform_dependent(
-        rows, empty, there, cuda=partial(_native, axis), default=partial(_emulated, axis)
-    )
+    # Not `platform_dependent`: XLA keeps a conditional around collectives, which on CPU may run beside others and hang.
+    if target().platform == "gpu":
+        return _native(axis, rows, empty, there)
+    return _emulated(axis, rows, empty, waiting(there, rows))
 
 
 def _exchange_forward(axis, num_rows, rows, there, back):

@@ -48,6 +48,9 @@ def test_layouts_train_alike(layout):
     "case",
     [
         dict(axes=dict(expert=8)),
+        dict(axes=dict(expert=8), exchange="all_gather"),
+        dict(axes=dict(expert=8), exchange="ragged"),
+        dict(axes=dict(expert_node=2, expert=4), exchange="ragged"),
         dict(axes=dict(data=2, expert=4), layers=6, remat="full"),
         dict(axes=dict(data=2, expert=4), fsdp=True),
         dict(axes=dict(expert_node=2, expert=2, tensor=2), accumulation=2),
@@ -56,7 +59,8 @@ def test_layouts_train_alike(layout):
 )
 def test_no_collective_runs_beside_a_loop_of_rounds(case):
     run = small.config(mesh=MeshConfig(fsdp=case.get("fsdp", False)))
-    moe = dataclasses.replace(run.model.moe, shadow=1, shared_experts=1, shared_gate=True)
+    exchange = case.get("exchange", "all_to_all")
+    moe = dataclasses.replace(run.model.moe, exchange=exchange, shadow=1, shared_experts=1, shared_gate=True)
     model = dataclasses.replace(
         run.model, num_layers=case.get("layers", 2), remat=case.get("remat", "none"), moe=moe
     )
