@@ -18,8 +18,6 @@ ENDING_SECONDS = 10
 """How long a process may close its files after it has found that its disk does not answer."""
 CLOSE_SECONDS = 600
 """How long it may take otherwise: a slow disk may still have much to write."""
-
-
 NOTE_SECONDS = 2
 """How long the log may take to get the error: it may be on a disk that does not answer."""
 

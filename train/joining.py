@@ -16,16 +16,16 @@ from functools import partial
 
 import jax
 
-from train import heartbeat
 from train.clock import unless_done_within
 from train.errors import ConfigError
+from train.meeting import meet, reach
 from train.place import LAUNCHER, Place, find_place, gpu_of, open_mpi_place, slurm_place
 from train.streams import say
 
 HEARTBEAT_SECONDS = 7 * 24 * 3600
 """Limit of jax's own heartbeats, which count the time asleep; `train.heartbeat` notices who is lost."""
 PARTING_SECONDS = 30
-"""How long a process that ends waits for the others to end too; then they count as told, and end."""
+"""How long jax waits at the end for all processes, once they have parted (`train.heartbeat`)."""
 CONNECT_SECONDS = 180
 """How long the processes of a run wait for each other at its begin."""
 PATIENCE_SECONDS = 10
@@ -82,7 +82,7 @@ def join(options: Mapping[str, str], environment: Mapping[str, str] = os.environ
         reason = str(error).partition("\n")[0]
         rule = f"process {place.process_id} could not join there: {reason}"
         raise ConfigError("--coordinator", place.coordinator, rule) from error
-    heartbeat.begin(place.listens_on)
+    meet(place.listens_on)
 
 
 def _end_with(launcher: int) -> None:
@@ -107,7 +107,7 @@ def _join_on_kubernetes() -> None:
             f"Kubernetes started processes, but they do not find each other ({error}); say where process 0 is"
         )
         raise ConfigError("--coordinator", "(nothing)", rule) from error
-    heartbeat.begin(None)
+    meet(None)
 
 
 @contextlib.contextmanager
@@ -156,7 +156,7 @@ def _wait_for_coordinator(place: Place) -> None:
     """Try to reach the coordinator's port: jax would wait for minutes and end with a C++ stack."""
     host, _, port = place.coordinator.rpartition(":")
     try:
-        heartbeat.reach(host.strip("[]"), int(port), CONNECT_SECONDS).close()
+        reach(host.strip("[]"), int(port), CONNECT_SECONDS).close()
     except TimeoutError as error:
         rule = f"process {place.process_id} {error}"
         raise ConfigError("--coordinator", place.coordinator, rule) from error

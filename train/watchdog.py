@@ -130,7 +130,8 @@ class Watchdog:
         late = f"step {self._finished + 1} has not ended after {waited:.0f} s"
         after = "the same command goes on from the last checkpoint"
         error = TrainingFailed(f"{late}, and the coordinator does not answer; {after}")
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator has ended
+        # Whatever happens, such as a coordinator that has ended: this process must end too.
+        with contextlib.suppress(Exception):
             with clock.unless_done_within(REPORT_SECONDS, partial(self._end, error)):
                 stacks, others = self._dump_stacks(), self._who_is_behind()
                 if jax.process_count() > 1 and processes.is_first():

@@ -1,6 +1,5 @@
 """Processes that are lost are noticed, however they are; those that were suspended, or have ended in order, are not."""
 
-import functools
 import math
 import os
 import signal
@@ -15,7 +14,7 @@ import pytest
 
 from tests.train import launching, small
 from tests.train.launching import start, wait_for_step
-from train import clock, ending, heartbeat, joining, launch, processes
+from train import clock, ending, heartbeat, joining, launch
 from train.clock import ASLEEP_SECONDS, TICK_SECONDS, Clock
 from train.config import MeshConfig
 from train.errors import ConfigError, FailedTogether, OthersLost, TrainingFailed
@@ -309,106 +308,12 @@ def test_a_node_that_does_not_answer_is_lost():
     assert found.stdout.endswith(f"; look at its node, and at the way to it{GOES_ON}\n"), found
 
 
-@pytest.fixture
-def meeting(monkeypatch):
-    """`meeting(number, count)` begins the heartbeat of that process in a thread; gives it and what it raises."""
-    told, here, begun = {}, threading.local(), []
-
-    def tell_all(text, topic, seconds=0.0):
-        if here.number == 0:
-            told[topic] = text
-        launching.wait_until(lambda: topic in told)
-        return told[topic]
-
-    monkeypatch.setattr(processes, "identity", lambda: (here.number, here.count, "localhost:1"))
-    monkeypatch.setattr(processes, "tell_all", tell_all)
-    monkeypatch.setattr(heartbeat, "Heartbeat", functools.partial(Heartbeat, end=[].append))
-    monkeypatch.setattr(ending, "join_others", begun.append)
-
-    def begin(number, count):
-        errors = []
-
-        def run():
-            here.number, here.count = number, count
-            try:
-                heartbeat.begin("localhost:1")
-            except ConfigError as error:
-                errors.append(str(error))
-
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        return thread, errors
-
-    begin.told, begin.begun = told, begun
-    yield begin
-    for beating in begun:
-        beating.part(0)
-
-
-def test_all_meet_at_process_0_and_strangers_are_sent_away(meeting):
-    first, errors = meeting(0, 3)
-    launching.wait_until(lambda: "heartbeat" in meeting.told)
-    port = int(meeting.told["heartbeat"].split()[0])
-    strangers = [heartbeat.reach("localhost", port, 10) for _ in range(20)]  # who say nothing
-    for says in (
-        b"GET / HTTP/1.1\r\n\r\n",
-        b"x" * 10_000,
-        b"\xff 1 node\n",
-        "\N{SNOWMAN} 1 node\n".encode(),
-    ):
-        strangers.append(heartbeat.reach("localhost", port, 10))
-        strangers[-1].sendall(says)
-    others = [meeting(number, 3) for number in (2, 1)]
-    for thread, raised in ((first, errors), *others):
-        thread.join(30)
-        assert not thread.is_alive() and not raised
-    for stranger in strangers:
-        stranger.settimeout(10)
-        try:
-            assert stranger.recv(1) == b""
-        except ConnectionResetError:
-            pass
-        stranger.close()
-    seen = sorted(sorted(peer.number for peer in beating._peers) for beating in meeting.begun)
-    assert seen == [[0], [0], [1, 2]]
-
-
-def test_who_does_not_come_is_named(meeting, monkeypatch):
-    monkeypatch.setattr(heartbeat, "ARRIVAL_SECONDS", 5.0)
-    first, errors = meeting(0, 4)
-    second, _ = meeting(2, 4)
-    first.join(20)
-    second.join(20)
-    (error,) = errors
-    assert error.startswith("--coordinator = localhost:1: process 0 of 4: no sign of process 1, 3 at port ")
-    assert error.endswith(" within 5 s; the node of process 0 must let the others in at any port")
-
-
-def test_a_port_that_is_closed_to_a_process_is_named(meeting, monkeypatch):
-    monkeypatch.setattr(heartbeat, "ARRIVAL_SECONDS", 1.0)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    meeting.told["heartbeat"] = f"{port} token node0"
-    thread, errors = meeting(1, 2)
-    thread.join(20)
-    (error,) = errors
-    assert f"process 1 of 2: could not reach port {port} within 1 s: " in error
-
-
-@pytest.mark.parametrize("host", [None, "localhost", "127.0.0.1"])
-def test_process_0_listens_where_its_coordinator_does(host):
-    with heartbeat._listener(host) as listener:
-        address, port, *_ = listener.getsockname()
-        assert address in (("::", "0.0.0.0") if host is None else ("::1", "127.0.0.1"))
-        heartbeat.reach(host or "localhost", port, 5).close()
-
-
 def test_jax_takes_no_suspended_process_for_lost(monkeypatch):
     """Its heartbeats go by the clock on the wall."""
     given = []
     monkeypatch.setattr(joining.jax.distributed, "initialize", lambda *_, **options: given.append(options))
     monkeypatch.setattr(joining, "_end_with", lambda launcher: None)
-    monkeypatch.setattr(heartbeat, "begin", lambda listens_on: given.append(listens_on))
+    monkeypatch.setattr(joining, "meet", lambda listens_on: given.append(listens_on))
     joining.join({}, {"MOEJAX_COORDINATOR": "h:1", "MOEJAX_PROCESSES": "2", "MOEJAX_PROCESS_ID": "0"})
     joining._join_on_kubernetes()
     seconds = [options["heartbeat_timeout_seconds"] for options in given[::2]]

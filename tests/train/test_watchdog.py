@@ -98,7 +98,7 @@ def test_stacks_do_not_wait_for_a_disk_that_does_not_answer(tmp_path, monkeypatc
     assert f"; no stacks could be written to {tmp_path}/logs, look at the disk; " in errors[0]
 
 
-@pytest.mark.parametrize("how", ["silent", "gone"])
+@pytest.mark.parametrize("how", ["silent", "gone", "broken"])
 def test_a_coordinator_that_does_not_answer_holds_nobody(tmp_path, monkeypatch, how):
     monkeypatch.setattr(watchdog, "REPORT_SECONDS", 0.5)
     monkeypatch.setattr(watchdog.jax, "process_count", lambda: 2)
@@ -108,6 +108,8 @@ def test_a_coordinator_that_does_not_answer_holds_nobody(tmp_path, monkeypatch, 
     def put(topic, text):
         if how == "gone":
             raise jax.errors.JaxRuntimeError("UNAVAILABLE: connection reset")
+        if how == "broken":
+            raise KeyError(topic)
         answers.wait(60)
 
     def end(error):
